@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// The entry points of the CPU kernels: each calls the copy for this processor's instruction set.
+#include "cpu/isa.h"
+#include "cpu/residual_map.h"
+
+#ifdef GRCSF_HAVE_AVX2
+#define GRCSF_DISPATCH(function, arguments) \
+  return isa() == Isa::avx2 ? avx2::function(arguments) : portable::function(arguments)
+#else
+#define GRCSF_DISPATCH(function, arguments) return portable::function(arguments)
+#endif
+
+namespace grcsf {
+
+void residual_map_forward(const ResidualMapArguments& arguments) {
+  GRCSF_DISPATCH(residual_map_forward, arguments);
+}
+
+void residual_map_backward(const ResidualMapArguments& arguments) {
+  GRCSF_DISPATCH(residual_map_backward, arguments);
+}
+
+}  // namespace grcsf

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs an operator, and why another one does not.
+
+A backend is a room of the package (``reference``, ``native`` for ``cpu`` and ``cuda``, ``triton``)
+that says what it can run. One predicate, :func:`why_not`, is read by the automatic choice, by the
+error of an explicit choice and by :func:`backends`, so that the three can never disagree.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+OPERATORS = ("residual_map", "gcu", "rcu")
+
+_ROOMS = {"reference": "reference", "cpu": "native", "triton": "triton", "cuda": "native"}
+_PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+# The override is process-wide, not per thread: autograd runs the backward of CUDA tensors in
+# threads of its own, which must see the same choice as the thread that called backward().
+_overrides: list[str] = []
+_warned: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What :func:`backends` says of one backend; true where it can run something.
+
+    Attributes:
+        available: whether at least one operator runs here on this backend.
+        reason: why it is not available, or an empty string.
+        operators: the operators that it has kernels for.
+    """
+
+    available: bool
+    reason: str
+    operators: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+def _room(backend: str) -> ModuleType:
+    return importlib.import_module(f"grcsf_kernels.{_ROOMS[backend]}")
+
+
+def why_not(backend: str, operator: str | None = None, device_type: str | None = None) -> str:
+    """The reason why ``backend`` can't run, or an empty string where it can.
+
+    Args:
+        backend: one of ``BACKENDS``.
+        operator: one of ``OPERATORS``; without it, whether the backend can run anything.
+        device_type: the type of the tensors' device, such as ``"cuda"``; without it, any.
+    """
+    room = _room(backend)
+    reason = room.why_not(backend)
+    if reason:
+        return reason
+    devices = room.device_types(backend)
+    if device_type is not None and devices is not None and device_type not in devices:
+        return f"it runs on {' and '.join(devices)} tensors, and these are on {device_type}"
+    operators = room.operators(backend)
+    if operator is None:
+        return "" if operators else "this version of the library has no kernels for it yet"
+    if operator not in operators:
+        return f"it has no {operator} kernel yet (it has: {', '.join(operators) or 'none'})"
+    return ""
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name: whether it can run here, for which operators, and if not, why.
+
+    Example:
+        >>> import grcsf_kernels
+        >>> bool(grcsf_kernels.backends()["reference"])
+        True
+    """
+    found = {}
+    for backend in BACKENDS:
+        reason = why_not(backend)
+        operators = () if reason else tuple(_room(backend).operators(backend))
+        found[backend] = BackendStatus(not reason, reason, operators)
+    return found
+
+
+def _check_name(name: str, where: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{where} names backend {name!r}, expected one of {', '.join(BACKENDS)}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the ``with`` block on backend ``name``, process-wide.
+
+    An explicit choice never falls back: an operator that the backend can't run raises.
+
+    Args:
+        name: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+        RuntimeError: the backend can't run here; the message says why.
+
+    Example:
+        >>> import torch, grcsf_kernels
+        >>> with grcsf_kernels.use_backend("reference"):
+        ...     residual = grcsf_kernels.residual_map(
+        ...         torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4), patch_size=2)
+    """
+    _check_name(name, "use_backend")
+    reason = why_not(name)
+    if reason:
+        raise RuntimeError(f"use_backend: backend {name!r} can't run here: {reason}")
+    _overrides.append(name)
+    try:
+        yield
+    finally:
+        _overrides.pop()
+
+
+def select(operator: str, device_type: str) -> str:
+    """The backend that runs ``operator`` on tensors of ``device_type``.
+
+    ``use_backend`` comes before ``GRCSF_BACKEND``, and that before the automatic choice, which
+    falls back to ``reference`` and says so once for each operator and device type.
+
+    Raises:
+        ValueError: ``GRCSF_BACKEND`` names no backend.
+        RuntimeError: the backend that was asked for can't run this.
+    """
+    forced = _overrides[-1] if _overrides else os.environ.get("GRCSF_BACKEND", "")
+    if forced:
+        _check_name(forced, "GRCSF_BACKEND")
+        reason = why_not(forced, operator, device_type)
+        if reason:
+            raise RuntimeError(f"{operator}: backend {forced!r} was asked for, but {reason}")
+        return forced
+    backend, reasons = automatic(operator, device_type)
+    if backend == "reference" and (operator, device_type) not in _warned:
+        _warned.add((operator, device_type))
+        why = "; ".join(reasons) or f"no backend has kernels for {device_type} tensors"
+        warnings.warn(
+            f"grcsf_kernels: {operator} on {device_type} tensors runs on the reference backend "
+            f"({why}). Said once; see `grcsf doctor`.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return backend
+
+
+def automatic(operator: str, device_type: str) -> tuple[str, list[str]]:
+    """The backend that is taken when none is asked for, and why each better one was not."""
+    reasons = []
+    for backend in _PREFERENCE.get(device_type, ()):
+        reason = why_not(backend, operator, device_type)
+        if not reason:
+            return backend, reasons
+        reasons.append(f"{backend}: {reason}")
+    return "reference", reasons
+
+
+def implementation(operator: str, device_type: str) -> ModuleType:
+    """The module with ``forward`` and ``backward`` of ``operator`` for this device type."""
+    backend = select(operator, device_type)
+    return importlib.import_module(f"grcsf_kernels.{_ROOMS[backend]}.{operator}")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks and layouts, shared by the operators.
+
+Each error names the operator and the argument, says what came and what was expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def require_tensors(operator: str, **arguments: object) -> None:
+    """TypeError unless every argument is a tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{operator}: {name} is a {type(value).__name__}, expected a Tensor")
+
+
+def check_data(operator: str, name: str, tensor: Tensor) -> None:
+    """A volume [B, C, D, H, W] or an image [B, C, H, W] of a floating dtype, no axis empty but B."""
+    if tensor.dtype not in DATA_DTYPES:
+        raise TypeError(
+            f"{operator}: {name} is {tensor.dtype}, expected one of "
+            f"{', '.join(str(d) for d in DATA_DTYPES)}"
+        )
+    if tensor.ndim not in (4, 5):
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(tensor.shape)}, "
+            "expected [B, C, H, W] or [B, C, D, H, W]"
+        )
+    if any(size < 1 for size in tensor.shape[1:]):
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(tensor.shape)}, "
+            "expected at least one channel and one voxel on every axis (only B may be 0)"
+        )
+
+
+def check_shape(
+    operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str
+) -> None:
+    """ValueError unless ``tensor`` has the expected shape; ``meaning`` says it in symbols."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(tensor.shape)}, "
+            f"expected {tuple(expected)} ({meaning})"
+        )
+
+
+def check_like(operator: str, like: str, reference: Tensor, **tensors: Tensor) -> None:
+    """TypeError / ValueError unless the tensors have the dtype and the device of ``reference``."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{operator}: {name} is {tensor.dtype}, "
+                f"expected {reference.dtype}, the dtype of {like}"
+            )
+    check_device(operator, like, reference, **tensors)
+
+
+def check_device(operator: str, like: str, reference: Tensor, **tensors: Tensor) -> None:
+    """ValueError unless the tensors are on the device of ``reference``."""
+    for name, tensor in tensors.items():
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{operator}: {name} is on {tensor.device}, "
+                f"expected {reference.device}, the device of {like}"
+            )
+
+
+def check_weights(operator: str, like: str, data: Tensor, **tensors: Tensor) -> None:
+    """Gates and weights are float32, or float64 with float64 data, on the data's device."""
+    expected = compute_dtype(data.dtype)
+    for name, tensor in tensors.items():
+        if tensor.dtype != expected:
+            raise TypeError(
+                f"{operator}: {name} is {tensor.dtype}, expected {expected} "
+                f"(gates and weights of {data.dtype} data are {expected})"
+            )
+    check_device(operator, like, data, **tensors)
+
+
+def check_option(operator: str, name: str, value: str, options: Sequence[str]) -> None:
+    """ValueError unless ``value`` is one of ``options``."""
+    if value not in options:
+        raise ValueError(
+            f"{operator}: {name} is {value!r}, expected one of {', '.join(map(repr, options))}"
+        )
+
+
+def check_eps(operator: str, eps: float) -> None:
+    """ValueError unless eps is positive: zero vectors and constant patches would give NaN."""
+    if not eps > 0:
+        raise ValueError(f"{operator}: eps is {eps}, expected a number greater than 0")
+
+
+def patch_tuple(
+    operator: str, patch_size: int | Sequence[int] | None, axes: int
+) -> list[int] | None:
+    """``patch_size`` as one integer per spatial axis; None stays None.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: not one size per axis, or a size below 1.
+    """
+    if patch_size is None:
+        return None
+    sizes = [patch_size] if isinstance(patch_size, int) else patch_size
+    if not isinstance(sizes, Sequence) or any(
+        not isinstance(size, int) or isinstance(size, bool) for size in sizes
+    ):
+        raise TypeError(
+            f"{operator}: patch_size is {patch_size!r}, expected an integer or a sequence of them"
+        )
+    sizes = list(sizes) * (axes if len(sizes) == 1 else 1)
+    if len(sizes) != axes or any(size < 1 for size in sizes):
+        raise ValueError(
+            f"{operator}: patch_size is {patch_size!r}, "
+            f"expected an integer >= 1, or one for each of the {axes} spatial axes"
+        )
+    return sizes
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are taken, and of gates, weights and scores."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layout_of(tensor: Tensor) -> torch.memory_format:
+    """The layout that an output takes from this input: channels-last where its strides say so.
+
+    It is read off the order of the strides, so that a slice of a channels-last tensor counts as
+    channels-last. Where both layouts are the same bytes, it is the contiguous one.
+    """
+    if tensor.is_contiguous() or tensor.shape[1] == 1:
+        return torch.contiguous_format
+    smallest = 1
+    for axis in (1, *range(tensor.ndim - 1, 1, -1), 0):
+        size, stride = tensor.shape[axis], tensor.stride(axis)
+        if size <= 1:
+            continue
+        if stride < smallest or (axis == 1 and stride != 1):
+            return torch.contiguous_format
+        smallest = stride * size
+    return torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
+
+
+def dense(tensor: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """``tensor`` in ``layout``, with that layout's own strides even on axes of size 1."""
+    tensor = tensor.contiguous(memory_format=layout)
+    if 1 not in tensor.shape and tensor.numel() > 0:
+        return tensor
+    canonical = torch.empty_like(tensor, device="meta", memory_format=layout).stride()
+    if tensor.stride() != canonical:
+        # Same bytes: torch leaves any stride on an axis of size 1, kernels and fakes want one.
+        tensor = tensor.as_strided(tensor.shape, canonical)
+    return tensor
+
+
+def empty(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:
+    """An uninitialized tensor of this shape and layout, on the device and of the dtype of ``like``."""
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout)

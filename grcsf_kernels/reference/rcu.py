@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of ``rcu`` in eager PyTorch, forward and backward.
+
+The volume is cut into at most 2^axes regions in which all patches have the same size (the bulk, and
+the edges where patches are smaller), so that nothing is padded or masked. Inside a region the
+attention is computed directly, softmax over the residual voxels of the patch, in chunks of patches
+and of queries that keep the logits under a fixed number of bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+# Logits of one chunk, in values: 32 MiB in float32, and backward holds three such tensors. The
+# textbook form holds K * h * V * P of them at once.
+_CHUNK = 1 << 23
+
+_AXES = {2: "hw", 3: "dhw"}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A block of the volume in which all patches have the same size."""
+
+    space: tuple[slice, ...]  # of the volume
+    grid: tuple[slice, ...]  # of the patch grid
+    counts: tuple[int, ...]  # patches per axis
+    patch: tuple[int, ...]  # voxels per axis
+
+    def windows(self, volume: Tensor) -> Tensor:
+        """[B, n, *S] to [B * patches, P, n]."""
+        grid, inner = self._names()
+        block = volume[(..., *self.space)]
+        return rearrange(block, f"b n {grid} -> (b {self._outer()}) ({inner}) n", **self._sizes())
+
+    def put(self, windows: Tensor, volume: Tensor) -> None:
+        """Write [B * patches, P, n] to this block of ``volume`` [B, n, *S]."""
+        grid, inner = self._names()
+        volume[(..., *self.space)] = rearrange(
+            windows, f"(b {self._outer()}) ({inner}) n -> b n {grid}", **self._sizes()
+        )
+
+    def _names(self) -> tuple[str, str]:
+        axes = _AXES[len(self.patch)]
+        return " ".join(f"(g{a} p{a})" for a in axes), " ".join(f"p{a}" for a in axes)
+
+    def _outer(self) -> str:
+        return " ".join(f"g{a}" for a in _AXES[len(self.patch)])
+
+    def _sizes(self) -> dict[str, int]:
+        axes = _AXES[len(self.patch)]
+        sizes = {f"p{a}": p for a, p in zip(axes, self.patch, strict=True)}
+        return sizes | {f"g{a}": g for a, g in zip(axes, self.counts, strict=True)}
+
+
+def regions(space: Sequence[int], patch_size: Sequence[int]) -> Iterator[Region]:
+    """The regions of a volume of size ``space``: the bulk, then the edges with smaller patches."""
+    per_axis = []
+    for size, patch in zip(space, patch_size, strict=True):
+        whole = size // patch
+        blocks = [(slice(0, whole * patch), slice(0, whole), whole, patch)]
+        if size % patch:
+            blocks.append((slice(whole * patch, size), slice(whole, whole + 1), 1, size % patch))
+        per_axis.append(blocks)
+    for blocks in product(*per_axis):
+        yield Region(*(tuple(values) for values in zip(*blocks, strict=True)))
+
+
+def _chunks(windows: int, queries: int, keys: int, lanes: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of windows and of queries so that windows * queries * keys * lanes <= _CHUNK."""
+    many = max(1, _CHUNK // (keys * lanes))
+    window_step = max(1, many // queries)
+    query_step = min(queries, many)
+    for window in range(0, windows, window_step):
+        for query in range(0, queries, query_step):
+            yield slice(window, window + window_step), slice(query, query + query_step)
+
+
+def _attend(queries: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [n, i, k, h, j] and expectations [n, i, k, h, c] of absorbed queries [n, i, k, h, c].
+
+    ``residual`` is [n, j, k, c].
+    """
+    logits = torch.einsum("nikhc,njkc->nikhj", queries, residual)
+    attention = torch.softmax(logits, dim=-1)
+    return attention, torch.einsum("nikhj,njkc->nikhc", attention, residual)
+
+
+def _flat_maps(residual: Tensor) -> Tensor:
+    return residual.flatten(1, 2)
+
+
+def _means(x: Tensor, residual: Tensor) -> Tensor:
+    """[B * patches, C + K * c] from windows."""
+    return torch.cat([x.mean(dim=1), residual.mean(dim=1)], dim=1)
+
+
+def _hidden(means: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
+    """[B * patches, m] before the ReLU; ``bias1`` [B, m] is of the sample of the patch."""
+    per_sample = means.shape[0] // max(bias1.shape[0], 1)
+    return means @ weight1.T + bias1.repeat_interleave(per_sample, dim=0)
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    score_weight1: Tensor,
+    score_bias1: Tensor,
+    score_weight2: Tensor,
+    score_bias2: Tensor,
+    patch_size: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """``(out, scores)``; see :func:`grcsf_kernels.rcu`."""
+    maps, heads, map_channels, _ = query_weight.shape
+    dtype = query_weight.dtype
+    space = x.shape[2:]
+    out = torch.empty_like(x)
+    grid = [-(-size // patch) for size, patch in zip(space, patch_size, strict=True)]
+    scores = query_weight.new_empty((x.shape[0], *grid))
+    constant = value_bias.sum(dim=0)
+
+    for region in regions(space, patch_size):
+        if 0 in region.counts or x.shape[0] == 0:
+            continue
+        own = region.windows(x).to(dtype)
+        own_maps = region.windows(_flat_maps(residual)).to(dtype)
+        hidden = _hidden(_means(own, own_maps), score_weight1, score_bias1).relu_()
+        region_scores = torch.sigmoid(hidden @ score_weight2 + score_bias2)
+        scores[(..., *region.grid)] = region_scores.view(x.shape[0], *region.counts)
+
+        keys = own_maps.unflatten(2, (maps, map_channels))
+        voxels = own.shape[1]
+        result = torch.empty_like(own)
+        for n, i in _chunks(own.shape[0], voxels, voxels, maps * heads):
+            queries = torch.einsum("nix,khcx->nikhc", own[n, i], query_weight) + query_bias
+            _, expected = _attend(queries, keys[n])
+            added = torch.einsum("nikhc,kxhc->nix", expected, value_weight) + constant
+            result[n, i] = own[n, i] + region_scores[n, None, None] * added
+        region.put(result.to(x.dtype), out)
+    return out, scores
+
+
+def backward(
+    grad_out: Tensor,
+    grad_scores: Tensor,
+    scores: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    score_weight1: Tensor,
+    score_bias1: Tensor,
+    score_weight2: Tensor,
+    score_bias2: Tensor,
+    patch_size: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    r"""Gradients of all ten tensors, in the order of the operator (None where not needed).
+
+    With attention weights :math:`p_{ij}`, the gradient :math:`g_i` of the expectation gives
+    :math:`\partial l_{ij} = p_{ij} (g_i \cdot r_j - g_i \cdot E_i)` for the logits, from which
+    :math:`\partial a_i = \sum_j \partial l_{ij} r_j` and
+    :math:`\partial r_j = \sum_i \partial l_{ij} a_i + p_{ij} g_i`. The attention is computed again.
+    """
+    maps, heads, map_channels, channels = query_weight.shape
+    dtype = query_weight.dtype
+    batch, space = x.shape[0], x.shape[2:]
+    needs_residual = needs[1]
+    grad_x = torch.empty_like(x)
+    grad_residual = torch.empty_like(_flat_maps(residual)) if needs_residual else None
+    small = (query_weight, query_bias, value_weight, value_bias)
+    grad_query_weight, grad_query_bias, grad_value_weight, grad_value_bias = (
+        torch.zeros_like(weight) for weight in small
+    )
+    grad_weight1, grad_bias1, grad_weight2, grad_bias2 = (
+        torch.zeros_like(weight)
+        for weight in (score_weight1, score_bias1, score_weight2, score_bias2)
+    )
+    constant = value_bias.sum(dim=0)
+
+    for region in regions(space, patch_size):
+        if 0 in region.counts or batch == 0:
+            continue
+        own = region.windows(x).to(dtype)
+        own_maps = region.windows(_flat_maps(residual)).to(dtype)
+        grad = region.windows(grad_out).to(dtype)
+        keys = own_maps.unflatten(2, (maps, map_channels))
+        voxels = own.shape[1]
+        score = scores[(..., *region.grid)].reshape(-1)
+        grad_score = grad_scores[(..., *region.grid)].reshape(-1).clone()
+        grad_own = grad.clone()
+        grad_keys = torch.zeros_like(keys) if needs_residual else None
+
+        for n, i in _chunks(own.shape[0], voxels, voxels, maps * heads):
+            queries = torch.einsum("nix,khcx->nikhc", own[n, i], query_weight) + query_bias
+            attention, expected = _attend(queries, keys[n])
+            added = torch.einsum("nikhc,kxhc->nix", expected, value_weight) + constant
+            grad_score[n] += (grad[n, i] * added).sum(dim=(1, 2))
+
+            grad_added = grad[n, i] * score[n, None, None]
+            grad_value_weight += torch.einsum("nix,nikhc->kxhc", grad_added, expected)
+            grad_value_bias += grad_added.sum(dim=(0, 1))
+            grad_expected = torch.einsum("nix,kxhc->nikhc", grad_added, value_weight)
+            if grad_keys is not None:
+                grad_keys[n] += torch.einsum("nikhj,nikhc->njkc", attention, grad_expected)
+            level = (grad_expected * expected).sum(dim=-1, keepdim=True)
+            grad_logits = torch.einsum("nikhc,njkc->nikhj", grad_expected, keys[n])
+            grad_logits.sub_(level).mul_(attention)
+            if grad_keys is not None:
+                grad_keys[n] += torch.einsum("nikhj,nikhc->njkc", grad_logits, queries)
+            grad_queries = torch.einsum("nikhj,njkc->nikhc", grad_logits, keys[n])
+            grad_query_weight += torch.einsum("nikhc,nix->khcx", grad_queries, own[n, i])
+            grad_query_bias += grad_queries.sum(dim=(0, 1))
+            grad_own[n, i] += torch.einsum("nikhc,khcx->nix", grad_queries, query_weight)
+
+        means = _means(own, own_maps)
+        hidden = _hidden(means, score_weight1, score_bias1)
+        active = hidden.clamp(min=0)
+        grad_logit = grad_score * score * (1 - score)
+        grad_bias2 += grad_logit.sum()
+        grad_weight2 += grad_logit @ active
+        grad_hidden = (grad_logit[:, None] * score_weight2).masked_fill_(hidden <= 0, 0)
+        grad_weight1 += grad_hidden.T @ means
+        grad_bias1 += grad_hidden.unflatten(0, (batch, -1)).sum(dim=1)
+        grad_means = (grad_hidden @ score_weight1)[:, None] / voxels
+        region.put((grad_own + grad_means[..., :channels]).to(x.dtype), grad_x)
+        if grad_keys is not None and grad_residual is not None:
+            total = grad_keys.flatten(2) + grad_means[..., channels:]
+            region.put(total.to(x.dtype), grad_residual)
+
+    if grad_residual is not None:
+        grad_residual = grad_residual.view_as(residual)
+    grads = (
+        grad_x,
+        grad_residual,
+        grad_query_weight,
+        grad_query_bias,
+        grad_value_weight,
+        grad_value_bias,
+        grad_weight1,
+        grad_bias1,
+        grad_weight2,
+        grad_bias2,
+    )
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of ``residual_map`` in eager PyTorch, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from grcsf_kernels.ops.checks import compute_dtype
+
+# Token order of the original MAE: inside a token the voxel is slow and the channel fast.
+_PATTERNS = {
+    4: "b c (gh ph) (gw pw) -> b (gh gw) (ph pw c)",
+    5: "b c (gd pd) (gh ph) (gw pw) -> b (gd gh gw) (pd ph pw c)",
+}
+_AXES = {4: "hw", 5: "dhw"}
+
+
+def patchify(volume: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """[B, C, *S] to tokens [B, L, P * C]."""
+    sizes = {f"p{a}": p for a, p in zip(_AXES[volume.ndim], patch_size, strict=True)}
+    return rearrange(volume, _PATTERNS[volume.ndim], **sizes)
+
+
+def unpatchify(tokens: Tensor, patch_size: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Tokens [B, L, P * C] to [B, C, *S]; ``shape`` is [B, C, *S]."""
+    left, right = _PATTERNS[len(shape)].split(" -> ")
+    sizes = {}
+    for axis, patch, size in zip(_AXES[len(shape)], patch_size, shape[2:], strict=True):
+        sizes[f"p{axis}"], sizes[f"g{axis}"] = patch, size // patch
+    return rearrange(tokens, f"{right} -> {left}", b=shape[0], c=shape[1], **sizes)
+
+
+def _draw_weights(hidden: Tensor | None, prediction: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, B, L, 1]: what each draw of a patch contributes to the average over draws."""
+    if hidden is None:
+        draws, batch, tokens, _ = prediction.shape
+        return torch.full((1, 1, 1, 1), 1 / draws, dtype=dtype, device=prediction.device).expand(
+            draws, batch, tokens, 1
+        )
+    counts = hidden.sum(dim=0, keepdim=True).clamp(min=1)
+    return (hidden.to(dtype) / counts)[..., None]
+
+
+def _statistics(target: Tensor, normalized_target: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """Scale and offset [B, L, 1] that turn a prediction into intensities."""
+    if not normalized_target:
+        one = torch.ones((1, 1, 1), dtype=target.dtype, device=target.device)
+        return one, torch.zeros_like(one)
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    return (variance + eps).sqrt(), mean
+
+
+def forward(
+    image: Tensor,
+    prediction: Tensor,
+    hidden: Tensor | None,
+    patch_size: Sequence[int],
+    normalized_target: bool,
+    average: str,
+    eps: float,
+) -> Tensor:
+    """``residual`` [B, C, *S]; see :func:`grcsf_kernels.residual_map`."""
+    dtype = compute_dtype(image.dtype)
+    target = patchify(image, patch_size).to(dtype)
+    weights = _draw_weights(hidden, prediction, dtype)
+    scale, offset = _statistics(target, normalized_target, eps)
+    total = torch.zeros_like(target)
+    # Draw by draw, so that the extra memory is that of one volume.
+    for drawn, weight in zip(prediction, weights, strict=True):
+        reconstruction = drawn.to(dtype) * scale + offset
+        if average == "residuals":
+            reconstruction = (target - reconstruction).abs_()
+        total += torch.where(weight > 0, weight * reconstruction, 0)
+    if average == "reconstructions":
+        total = torch.where(weights.sum(dim=0) > 0, (target - total).abs_(), 0)
+    return unpatchify(total, patch_size, image.shape).to(image.dtype)
+
+
+def backward(
+    grad_residual: Tensor,
+    image: Tensor,
+    prediction: Tensor,
+    hidden: Tensor | None,
+    patch_size: Sequence[int],
+    normalized_target: bool,
+    average: str,
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of image and prediction (None where not needed).
+
+    With a normalized target the image also acts through the mean and the variance of its patches.
+    """
+    dtype = compute_dtype(image.dtype)
+    grad = patchify(grad_residual, patch_size).to(dtype)
+    target = patchify(image, patch_size).to(dtype)
+    weights = _draw_weights(hidden, prediction, dtype)
+    scale, offset = _statistics(target, normalized_target, eps)
+
+    grad_target = torch.zeros_like(target)
+    grad_scale = torch.zeros_like(target[..., :1])
+    grad_offset = torch.zeros_like(grad_scale)
+    grad_prediction = torch.empty_like(prediction) if needs[1] else None
+
+    sign = None
+    if average == "reconstructions":
+        mean_reconstruction = torch.zeros_like(target)
+        for drawn, weight in zip(prediction, weights, strict=True):
+            shown = drawn.to(dtype) * scale + offset
+            mean_reconstruction += torch.where(weight > 0, weight * shown, 0)
+        sign = (target - mean_reconstruction).sgn_()
+
+    for draw, (drawn, weight) in enumerate(zip(prediction, weights, strict=True)):
+        drawn = drawn.to(dtype)
+        own_sign = (target - (drawn * scale + offset)).sgn_() if sign is None else sign
+        reaching = torch.where(weight > 0, grad * weight * own_sign, 0)
+        grad_target += reaching
+        if grad_prediction is not None:
+            grad_prediction[draw] = -reaching * scale
+        if normalized_target:
+            shown = torch.where(weight > 0, drawn, 0)
+            grad_scale -= (reaching * shown).sum(dim=-1, keepdim=True)
+            grad_offset -= reaching.sum(dim=-1, keepdim=True)
+
+    grad_image = None
+    if needs[0]:
+        if normalized_target:
+            values = target.shape[-1]
+            grad_target += grad_offset / values
+            grad_target += grad_scale * (target - offset) / ((values - 1) * scale)
+        grad_image = unpatchify(grad_target, patch_size, image.shape).to(image.dtype)
+    return grad_image, grad_prediction

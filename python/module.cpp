@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// The module grcsf_kernels._C: kernels that take DLPack capsules, and what the build knows of itself.
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include "common/parallel.h"
+#include "cpu/isa.h"
+#ifdef GRCSF_HAVE_CUDA
+#include "cuda/device_info.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// The operators with a kernel, by backend: what dispatch reads.
+py::dict operators() {
+  py::dict found;
+  found["cpu"] = py::make_tuple("residual_map");
+  found["cuda"] = py::tuple();
+  return found;
+}
+
+py::object cuda_info() {
+#ifdef GRCSF_HAVE_CUDA
+  const auto info = grcsf::cuda::info();
+  py::list devices;
+  for (const auto& device : info.devices) {
+    devices.append(py::make_tuple(device.name, device.major, device.minor));
+  }
+  py::dict found;
+  found["runtime"] = info.runtime;
+  found["driver"] = info.driver;
+  found["architectures"] = info.architectures;
+  found["problem"] = info.problem;
+  found["devices"] = devices;
+  return found;
+#else
+  return py::none();
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native kernels of grcsf_kernels; tensors come as DLPack capsules.";
+  module.def("operators", operators, "Names of the operators with a kernel, by backend.");
+  module.def("share_openmp", grcsf::share_openmp, py::arg("library"),
+             "Use the OpenMP runtime of a loaded library; whether it has one.");
+  module.def("openmp_library", grcsf::openmp_library, "Path of the OpenMP runtime in use, or ''.");
+  module.def("isa", [] { return grcsf::isa_name(grcsf::isa()); }, "Instruction set in use.");
+  module.def("cuda_info", cuda_info, "What the CUDA build sees of this machine; None without CUDA.");
+  grcsf::python::bind_residual_map(module);
+}
