@@ -156,7 +156,7 @@ def select(operator: str, device_type: str) -> str:
 
 def automatic(operator: str, device_type: str) -> tuple[str, list[str]]:
     """The backend that is taken when none is asked for, and why each better one was not."""
-    reasons = []
+    reasons: list[str] = []
     for backend in _PREFERENCE.get(device_type, ()):
         reason = why_not(backend, operator, device_type)
         if not reason:

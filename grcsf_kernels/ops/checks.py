@@ -22,7 +22,7 @@ def require_tensors(operator: str, **arguments: object) -> None:
 
 
 def check_data(operator: str, name: str, tensor: Tensor) -> None:
-    """A volume [B, C, D, H, W] or an image [B, C, H, W] of a floating dtype, no axis empty but B."""
+    """A volume [B, C, D, H, W] or image [B, C, H, W] of a floating dtype, no axis empty but B."""
     if tensor.dtype not in DATA_DTYPES:
         raise TypeError(
             f"{operator}: {name} is {tensor.dtype}, expected one of "
@@ -162,5 +162,5 @@ def dense(tensor: Tensor, layout: torch.memory_format = torch.contiguous_format)
 
 
 def empty(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:
-    """An uninitialized tensor of this shape and layout, on the device and of the dtype of ``like``."""
+    """An uninitialized tensor of this shape and layout, with device and dtype of ``like``."""
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout)

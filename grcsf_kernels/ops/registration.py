@@ -46,7 +46,7 @@ def register_autograd(
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
 ) -> None:
-    """Give ``grcsf::name`` its backward, and ``grcsf::name_backward`` a clear refusal of its own."""
+    """Give ``grcsf::name`` its backward, and ``grcsf::name_backward`` a clear refusal."""
     torch.library.register_autograd(
         f"grcsf::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )

@@ -101,8 +101,8 @@ def _check(
     values = prod(sizes) * image.shape[1]
     if normalized_target and values < 2:
         raise ValueError(
-            f"{name}: normalized_target with patch_size {tuple(sizes)} and {image.shape[1]} channel "
-            "has one value per patch and no variance, expected at least two values"
+            f"{name}: normalized_target with patch_size {tuple(sizes)} and {image.shape[1]} "
+            "channel has one value per patch and no variance, expected at least two values"
         )
     draws = prediction.shape[0] if prediction.ndim else 0
     expected = (max(draws, 1), image.shape[0], tokens, values)

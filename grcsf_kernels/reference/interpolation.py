@@ -56,7 +56,7 @@ def _adjoint_along(grad: Tensor, axis: int, target: int) -> Tensor:
 
 
 def _positions(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of ``source`` voxels, the two deep voxels of ``target`` around it, and the fraction."""
+    """The two deep voxels (of ``target``) around each of ``source`` voxels, and the fraction."""
     centers = (torch.arange(source, dtype=torch.float64) + 0.5) * (target / source) - 0.5
     centers = centers.clamp(min=0)
     low = centers.floor().long().clamp(max=target - 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -28,21 +29,21 @@ _AXES = {2: "hw", 3: "dhw"}
 class Region:
     """A block of the volume in which all patches have the same size."""
 
-    space: tuple[slice, ...]  # of the volume
-    grid: tuple[slice, ...]  # of the patch grid
+    space: tuple[Any, ...]  # index of its voxels in a tensor [..., *S]
+    grid: tuple[Any, ...]  # index of its patches in a tensor [..., *G]
     counts: tuple[int, ...]  # patches per axis
     patch: tuple[int, ...]  # voxels per axis
 
     def windows(self, volume: Tensor) -> Tensor:
         """[B, n, *S] to [B * patches, P, n]."""
         grid, inner = self._names()
-        block = volume[(..., *self.space)]
+        block = volume[self.space]
         return rearrange(block, f"b n {grid} -> (b {self._outer()}) ({inner}) n", **self._sizes())
 
     def put(self, windows: Tensor, volume: Tensor) -> None:
         """Write [B * patches, P, n] to this block of ``volume`` [B, n, *S]."""
         grid, inner = self._names()
-        volume[(..., *self.space)] = rearrange(
+        volume[self.space] = rearrange(
             windows, f"(b {self._outer()}) ({inner}) n -> b n {grid}", **self._sizes()
         )
 
@@ -68,8 +69,9 @@ def regions(space: Sequence[int], patch_size: Sequence[int]) -> Iterator[Region]
         if size % patch:
             blocks.append((slice(whole * patch, size), slice(whole, whole + 1), 1, size % patch))
         per_axis.append(blocks)
-    for blocks in product(*per_axis):
-        yield Region(*(tuple(values) for values in zip(*blocks, strict=True)))
+    for combination in product(*per_axis):
+        voxels, patches, counts, patch = zip(*combination, strict=True)
+        yield Region((..., *voxels), (..., *patches), counts, patch)
 
 
 def _chunks(windows: int, queries: int, keys: int, lanes: int) -> Iterator[tuple[slice, slice]]:
@@ -136,7 +138,7 @@ def forward(
         own_maps = region.windows(_flat_maps(residual)).to(dtype)
         hidden = _hidden(_means(own, own_maps), score_weight1, score_bias1).relu_()
         region_scores = torch.sigmoid(hidden @ score_weight2 + score_bias2)
-        scores[(..., *region.grid)] = region_scores.view(x.shape[0], *region.counts)
+        scores[region.grid] = region_scores.view(x.shape[0], *region.counts)
 
         keys = own_maps.unflatten(2, (maps, map_channels))
         voxels = own.shape[1]
@@ -198,8 +200,8 @@ def backward(
         grad = region.windows(grad_out).to(dtype)
         keys = own_maps.unflatten(2, (maps, map_channels))
         voxels = own.shape[1]
-        score = scores[(..., *region.grid)].reshape(-1)
-        grad_score = grad_scores[(..., *region.grid)].reshape(-1).clone()
+        score = scores[region.grid].reshape(-1)
+        grad_score = grad_scores[region.grid].reshape(-1).clone()
         grad_own = grad.clone()
         grad_keys = torch.zeros_like(keys) if needs_residual else None
 

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRCSF: the backbone with a GCU on every skip and RCUs in the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grcsf_kernels.models.unet import ResidualUNet
+from grcsf_kernels.nn import GCU, RCU
+
+_POOL = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+class GRCSF(ResidualUNet):
+    """Global and Regional Compensation Segmentation Framework.
+
+    With both switches off it is the plain backbone, parameter for parameter.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the logits.
+        spatial_dims: 3 for volumes, 2 for images.
+        num_maps: residual maps K.
+        channels: channels of each level of the backbone.
+        blocks_per_level: residual blocks at each level.
+        rcu_levels: decoder levels that get an RCU; 0 is full resolution.
+        num_heads: heads of the RCU.
+        head_dim: width of a head.
+        patch_size: voxels of an RCU patch per axis, at the resolution of its level; None: all.
+        reduction: of the squeeze-and-excitation gates.
+        compensation: of the GCU, ``"dissimilarity"`` or ``"similarity"``.
+        score_channels: hidden units of the RCU's scoring network.
+        use_gcu: put a GCU on every skip.
+        use_rcu: put RCUs at ``rcu_levels``.
+
+    Raises:
+        ValueError: sizes out of range.
+
+    Source: Pattern Recognition 2025, doi 10.1016/j.patcog.2025.112461, arXiv 2502.08675.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        *,
+        spatial_dims: int = 3,
+        num_maps: int = 2,
+        channels: Sequence[int] = (16, 32, 64, 128, 256),
+        blocks_per_level: int = 1,
+        rcu_levels: Sequence[int] = (1,),
+        num_heads: int = 4,
+        head_dim: int = 8,
+        patch_size: int | Sequence[int] | None = 8,
+        reduction: int = 16,
+        compensation: str = "dissimilarity",
+        score_channels: int = 32,
+        use_gcu: bool = True,
+        use_rcu: bool = True,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            spatial_dims=spatial_dims,
+            channels=channels,
+            blocks_per_level=blocks_per_level,
+        )
+        levels = range(len(channels) - 1)
+        if any(level not in levels for level in rcu_levels):
+            raise ValueError(
+                f"GRCSF: rcu_levels is {tuple(rcu_levels)}, expected decoder levels from 0 to "
+                f"{levels[-1]}"
+            )
+        self.use_gcu, self.use_rcu, self.num_maps = use_gcu, use_rcu, num_maps
+        self.config |= {
+            "num_maps": num_maps,
+            "rcu_levels": list(rcu_levels),
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "patch_size": list(patch_size) if isinstance(patch_size, Sequence) else patch_size,
+            "reduction": reduction,
+            "compensation": compensation,
+            "score_channels": score_channels,
+            "use_gcu": use_gcu,
+            "use_rcu": use_rcu,
+        }
+        self.gcu = nn.ModuleList(
+            GCU(own, deeper, reduction=reduction, compensation=compensation)
+            for own, deeper in pairwise(channels)
+            if use_gcu
+        )
+        self.rcu = nn.ModuleDict(
+            {
+                str(level): RCU(
+                    channels[level],
+                    num_maps,
+                    num_heads=num_heads,
+                    head_dim=head_dim,
+                    patch_size=patch_size,
+                    context_channels=channels[-1],
+                    score_channels=score_channels,
+                )
+                for level in sorted(set(rcu_levels))
+                if use_rcu
+            }
+        )
+
+    def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Segment.
+
+        Args:
+            image: [B, in_channels, *S].
+            residual: residual maps [B, num_maps, *S], as :class:`grcsf_kernels.nn.ResidualMaps`
+                makes them; needed with ``use_rcu``, not used without.
+
+        Returns:
+            Logits [B, out_channels, *S].
+
+        Raises:
+            ValueError: a shape that does not fit, or no residual maps with ``use_rcu``.
+        """
+        features = self.encode(image)
+        if self.use_rcu:
+            expected = (image.shape[0], self.num_maps, *image.shape[2:])
+            if residual is None or tuple(residual.shape) != expected:
+                found = "missing" if residual is None else tuple(residual.shape)
+                raise ValueError(
+                    f"GRCSF: residual is {found}, expected {expected} (or use_rcu=False)"
+                )
+        compensated = list(features)
+        if self.use_gcu:
+            for level, unit in enumerate(self.gcu):
+                compensated[level] = unit(features[level], features[level + 1])
+        context = features[-1].flatten(2).mean(dim=2)
+
+        def after(level: int, x: Tensor) -> Tensor:
+            if residual is None or str(level) not in self.rcu:
+                return x
+            # Means over exactly the voxels that a voxel of this level stands for.
+            maps = _POOL[self.spatial_dims](residual, list(x.shape[2:]))
+            return self.rcu[str(level)](x, maps, context)
+
+        return self.decode(compensated, after)

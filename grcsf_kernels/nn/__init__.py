@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in modules around the operators, with ordinary parameters."""
+
+from __future__ import annotations
+
+from grcsf_kernels.nn.gcu import GCU
+from grcsf_kernels.nn.masking import complementary_masks, random_masks
+from grcsf_kernels.nn.rcu import RCU
+from grcsf_kernels.nn.residual_maps import ResidualMaps
+from grcsf_kernels.nn.squeeze_excitation import SqueezeExcitation
+
+__all__ = [
+    "GCU",
+    "RCU",
+    "ResidualMaps",
+    "SqueezeExcitation",
+    "complementary_masks",
+    "random_masks",
+]

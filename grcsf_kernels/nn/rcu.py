@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Region Compensation Unit as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grcsf_kernels.nn.squeeze_excitation import compute_dtype
+from grcsf_kernels.ops import rcu
+
+
+class RCU(nn.Module):
+    r"""Adds to decoder features what the residual maps of their patch say.
+
+    The parameters are those of textbook cross-attention, for each map: projections ``query``,
+    ``key``, ``value`` and ``output``, and one learnable ``map_weight``; and a scoring network
+    (``score_hidden``, ``score_output``) on the means of the patch and on the context. They are
+    absorbed into the few weights of :func:`grcsf_kernels.rcu` at every call, under autograd. The
+    keys have no bias: it would cancel in the softmax.
+
+    Args:
+        channels: channels C of the features.
+        num_maps: number of residual maps K.
+        map_channels: channels c of a residual map.
+        num_heads: heads h for each map.
+        head_dim: width d of a head.
+        patch_size: voxels per axis within which attention is taken, an integer or one for each
+            axis; None: the whole volume.
+        context_channels: channels of the global descriptor; None: none is used.
+        score_channels: hidden units m of the scoring network.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Source: GRCSF (Pattern Recognition 2025, doi 10.1016/j.patcog.2025.112461), region compensation
+    unit.
+
+    Example:
+        >>> import torch, grcsf_kernels
+        >>> unit = grcsf_kernels.nn.RCU(16, num_maps=2, patch_size=4)
+        >>> unit(torch.randn(1, 16, 8, 8, 8), torch.rand(1, 2, 8, 8, 8)).shape
+        torch.Size([1, 16, 8, 8, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_maps: int = 2,
+        *,
+        map_channels: int = 1,
+        num_heads: int = 4,
+        head_dim: int = 8,
+        patch_size: int | Sequence[int] | None = 8,
+        context_channels: int | None = None,
+        score_channels: int = 32,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "channels": channels,
+            "num_maps": num_maps,
+            "map_channels": map_channels,
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "score_channels": score_channels,
+            "context_channels": 1 if context_channels is None else context_channels,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"RCU: {name} is {value}, expected at least 1")
+        self.channels, self.num_maps, self.map_channels = channels, num_maps, map_channels
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.patch_size = tuple(patch_size) if isinstance(patch_size, Sequence) else patch_size
+        self.context_channels = context_channels
+
+        width = num_heads * head_dim
+        self.query = nn.ModuleList(nn.Linear(channels, width) for _ in range(num_maps))
+        self.key = nn.ModuleList(
+            nn.Linear(map_channels, width, bias=False) for _ in range(num_maps)
+        )
+        self.value = nn.ModuleList(nn.Linear(map_channels, width) for _ in range(num_maps))
+        self.output = nn.ModuleList(nn.Linear(width, channels) for _ in range(num_maps))
+        self.map_weight = nn.Parameter(torch.full((num_maps,), 1 / num_maps))
+        described = channels + num_maps * map_channels
+        self.score_hidden = nn.Linear(described + (context_channels or 0), score_channels)
+        self.score_output = nn.Linear(score_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        context: Tensor | None = None,
+        return_scores: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compensate ``x``.
+
+        Args:
+            x: [B, channels, *S].
+            residual: [B, num_maps, *S] or [B, num_maps, map_channels, *S]; cast to the dtype of x.
+            context: [B, context_channels], a global descriptor of the backbone such as the pooled
+                bottleneck; needed where the module was made with ``context_channels``.
+            return_scores: also return the importance scores.
+
+        Returns:
+            The compensated features [B, channels, *S]; with ``return_scores`` also the scores
+            [B, *G], G = ceil(S / patch_size).
+
+        Raises:
+            ValueError: a shape that does not fit, or a context that is missing or not expected.
+        """
+        self._check(x, residual, context)
+        with torch.autocast(x.device.type, enabled=False):
+            weights = [*self._attention_weights(x), *self._score_weights(x, context)]
+        out, scores = rcu(x, residual.to(x.dtype), *weights, patch_size=self.patch_size)
+        return (out, scores) if return_scores else out
+
+    def _attention_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """query_weight, query_bias, value_weight and value_bias: docs/operators.md, absorption."""
+        dtype = compute_dtype(x)
+
+        def stacked(layers: nn.ModuleList, name: str) -> Tensor:
+            return torch.stack([getattr(layer, name).to(dtype) for layer in layers])
+
+        heads = (self.num_heads, self.head_dim)
+        key = stacked(self.key, "weight").unflatten(1, heads) / self.head_dim**0.5
+        query = stacked(self.query, "weight").unflatten(1, heads)
+        query_bias = stacked(self.query, "bias").unflatten(1, heads)
+        value = stacked(self.value, "weight").unflatten(1, heads)
+        output = stacked(self.output, "weight")
+        each = self.map_weight.to(dtype)
+
+        value_weight = torch.einsum("kxhd,khdc->kxhc", output.unflatten(2, heads), value)
+        value_bias = torch.einsum("kxw,kw->kx", output, stacked(self.value, "bias"))
+        value_bias = value_bias + stacked(self.output, "bias")
+        return (
+            torch.einsum("khdc,khdx->khcx", key, query),
+            torch.einsum("khdc,khd->khc", key, query_bias),
+            value_weight * each[:, None, None, None],
+            value_bias * each[:, None],
+        )
+
+    def _score_weights(
+        self, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The scoring network; the context's part goes into its bias, one for each sample."""
+        dtype = compute_dtype(x)
+        described = self.channels + self.num_maps * self.map_channels
+        weight = self.score_hidden.weight.to(dtype)
+        bias = self.score_hidden.bias.to(dtype).expand(x.shape[0], -1)
+        if context is not None:
+            bias = bias + context.to(dtype) @ weight[:, described:].T
+        output = self.score_output
+        return weight[:, :described], bias, output.weight[0].to(dtype), output.bias[0].to(dtype)
+
+    def _check(self, x: Tensor, residual: Tensor, context: Tensor | None) -> None:
+        if x.ndim not in (4, 5) or x.shape[1] != self.channels:
+            raise ValueError(
+                f"RCU: x has shape {tuple(x.shape)}, expected [B, {self.channels}, H, W] or "
+                f"[B, {self.channels}, D, H, W]"
+            )
+        batch, _, *space = x.shape
+        maps = (batch, self.num_maps, self.map_channels, *space)
+        accepted = [maps] + [(batch, self.num_maps, *space)] * (self.map_channels == 1)
+        if tuple(residual.shape) not in accepted:
+            raise ValueError(
+                f"RCU: residual has shape {tuple(residual.shape)}, "
+                f"expected {' or '.join(map(str, reversed(accepted)))}"
+            )
+        expected = self.context_channels and (batch, self.context_channels)
+        found = None if context is None else tuple(context.shape)
+        if found != expected:
+            raise ValueError(
+                f"RCU: context is {found or 'missing'}, expected "
+                f"{expected or 'none: the module was made without context_channels'}"
+            )
+
+    def extra_repr(self) -> str:
+        """The options, for ``print(module)``."""
+        return (
+            f"{self.channels}, num_maps={self.num_maps}, num_heads={self.num_heads}, "
+            f"patch_size={self.patch_size}"
+        )

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Channel gates by squeeze-and-excitation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64 data, else float32: the dtype of gates and of absorbed weights."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class SqueezeExcitation(nn.Module):
+    """A gate per channel from the channels' means.
+
+    ``gate = sigmoid(excite(relu(squeeze(mean over voxels))))``. The gate is computed in float32
+    (float64 for float64 input) whatever the dtype of the module and of autocast, so that it can go
+    straight into :func:`grcsf_kernels.gcu`.
+
+    Args:
+        channels: channels C of the input.
+        reduction: the hidden layer has ``C // reduction`` units, but at least 4 (C where that is
+            less): a single rectified unit that is off for all inputs would never learn again.
+
+    Raises:
+        ValueError: ``channels`` or ``reduction`` below 1.
+
+    Source: squeeze-and-excitation networks (Hu et al., CVPR 2018, arXiv 1709.01507).
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("reduction", reduction)):
+            if value < 1:
+                raise ValueError(f"SqueezeExcitation: {name} is {value}, expected at least 1")
+        hidden = max(channels // reduction, min(channels, 4))
+        self.squeeze = nn.Linear(channels, hidden)
+        self.excite = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate [B, C] of ``x`` [B, C, *S], float32 (float64 for float64 input)."""
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            means = x.flatten(2).mean(dim=2, dtype=dtype)
+            hidden = F.relu(_linear(self.squeeze, means))
+            return torch.sigmoid(_linear(self.excite, hidden))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
