@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains and runs GRCSF on folders of NIfTI volumes. Needs the ``train`` extra."""
+
+from __future__ import annotations
+
+from grcsf_kernels.engine.config import (
+    AutoencoderConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizationConfig,
+    PredictConfig,
+    PretrainConfig,
+    ResidualsConfig,
+    TrainConfig,
+    load_config,
+    save_config,
+)
+from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.evaluate import evaluate
+from grcsf_kernels.engine.predict import predict
+from grcsf_kernels.engine.pretrain import pretrain
+from grcsf_kernels.engine.report import Report
+from grcsf_kernels.engine.residuals import cache_residuals
+from grcsf_kernels.engine.train import train
+
+__all__ = [
+    "AutoencoderConfig",
+    "DataConfig",
+    "InputError",
+    "ModelConfig",
+    "OptimizationConfig",
+    "PredictConfig",
+    "PretrainConfig",
+    "Report",
+    "ResidualsConfig",
+    "TrainConfig",
+    "cache_residuals",
+    "evaluate",
+    "load_config",
+    "predict",
+    "pretrain",
+    "save_config",
+    "train",
+]

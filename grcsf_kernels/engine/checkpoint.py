@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model files (safetensors with their configuration inside) and resumable training states.
+
+Neither is ever unpickled: weights are safetensors, and a training state is loaded by torch's
+weights-only loader.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from grcsf_kernels._version import __version__
+from grcsf_kernels.engine.config import DataConfig, from_dict, to_dict
+from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.files import write_whole
+from grcsf_kernels.models import GRCSF, MaskedAutoencoder
+
+_KINDS = {"GRCSF": GRCSF, "MaskedAutoencoder": MaskedAutoencoder}
+
+
+@dataclass
+class Checkpoint:
+    """A model with what is needed to run it.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        data: the preprocessing that it was trained with.
+        crop_size: voxels of its training crops.
+    """
+
+    model: nn.Module
+    data: DataConfig
+    crop_size: tuple[int, int, int]
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, data: DataConfig, crop_size: tuple[int, int, int]
+) -> Path:
+    """Write a model file, whole."""
+    description = {
+        "kind": type(model).__name__,
+        "config": model.config,
+        "data": to_dict(data),
+        "crop_size": list(crop_size),
+        "version": __version__,
+    }
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    metadata = {"grcsf": json.dumps(description)}
+    return write_whole(path, lambda temporary: save_file(weights, temporary, metadata=metadata))
+
+
+def load_checkpoint(path: Path, kind: str) -> Checkpoint:
+    """Read a model file.
+
+    Args:
+        path: the file.
+        kind: ``"GRCSF"`` or ``"MaskedAutoencoder"``.
+
+    Raises:
+        InputError: no such file, no model file of this library, truncated, of another kind, or
+            with weights that do not fit its configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(path, "does not exist", "check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            path,
+            f"is no model file or is truncated ({' '.join(str(error).split())})",
+            "expected a .safetensors file that grcsf wrote: copy it again",
+        ) from error
+    if "grcsf" not in metadata:
+        raise InputError(path, "was not written by grcsf", "expected a model file of grcsf")
+    description = json.loads(metadata["grcsf"])
+    if description.get("kind") != kind:
+        raise InputError(
+            path,
+            f"holds a {description.get('kind')}, and a {kind} is expected here",
+            "segmentation models come from grcsf train, autoencoders from grcsf pretrain",
+        )
+    try:
+        model = _KINDS[kind](**description["config"])
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        problem = " ".join(str(error).split())[:160]
+        raise InputError(
+            path,
+            f"has weights or settings of another architecture ({problem})",
+            f"use a file of grcsf-kernels {__version__}, or train again",
+        ) from error
+    data = from_dict(DataConfig, description["data"], str(path))
+    return Checkpoint(model.eval(), data, tuple(description["crop_size"]))
+
+
+def save_state(path: Path, state: dict[str, Any]) -> Path:
+    """Write a training state, whole."""
+    return write_whole(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_state(path: Path, identity: str) -> dict[str, Any] | None:
+    """A training state, or None where there is none yet.
+
+    Args:
+        path: the file.
+        identity: the configuration that the run has; a state of another one is refused.
+
+    Raises:
+        InputError: the file is damaged, holds anything but tensors and plain values, or belongs to
+            a run with other settings.
+    """
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        problem = " ".join(str(error).split())[:120]
+        raise InputError(
+            path,
+            f"is no training state, or a damaged one ({problem})",
+            "remove it to train from the start",
+        ) from error
+    if not isinstance(state, dict) or state.get("identity") != identity:
+        raise InputError(
+            path,
+            "belongs to a run with other settings or other cases",
+            "use another output folder, or remove it to train from the start",
+        )
+    return state

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of ``grcsf``: options in, one function of the engine each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from grcsf_kernels import engine
+from grcsf_kernels.engine.config import dump_config
+from grcsf_kernels.engine.evaluate import table
+
+app = typer.Typer(
+    help="Lesion segmentation with GRCSF: pretrain, residuals, train, predict, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_CONFIGS = {
+    "pretrain": engine.PretrainConfig,
+    "residuals": engine.ResidualsConfig,
+    "train": engine.TrainConfig,
+    "predict": engine.PredictConfig,
+}
+
+
+class _Topic(str, Enum):
+    pretrain = "pretrain"
+    residuals = "residuals"
+    train = "train"
+    predict = "predict"
+
+
+Config = TypeVar("Config")
+Data = Annotated[Path, typer.Argument(help="Folder of <case>_image.nii.gz, or with images/.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.")]
+Settings = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML; all settings: grcsf config COMMAND.")
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; before the one in --config.")]
+Seed = Annotated[int | None, typer.Option(help="Before the one in --config.")]
+Epochs = Annotated[int | None, typer.Option(help="Before the one in --config.")]
+Autoencoders = Annotated[
+    list[Path] | None,
+    typer.Option("--autoencoder", "-a", help="A file of grcsf pretrain; once for each map."),
+]
+
+
+def _command(function: Callable[..., engine.Report | None]) -> Callable[..., None]:
+    """Errors of the user's files are one line; exit status 1 if anything failed or was skipped."""
+
+    @app.command(name=function.__name__)
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        try:
+            report = function(**options)
+        except engine.InputError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            typer.echo("stopped: the last finished epoch is kept, the same call goes on", err=True)
+            raise typer.Exit(130) from None
+        if report is not None and report.failed:
+            typer.echo(f"{len(report.failed)} input(s) skipped, see above", err=True)
+            raise typer.Exit(1)
+
+    return run
+
+
+def _settings(cls: type[Config], path: Path | None, part: str = "", **overrides: Any) -> Config:
+    """The configuration of a file, or the defaults; options that were given come before it."""
+    config = cls() if path is None else engine.load_config(cls, path)
+    target = getattr(config, part) if part else config
+    for name, value in overrides.items():
+        if value is not None:
+            setattr(target, name, value)
+    return config
+
+
+@_command
+def pretrain(
+    data: Data,
+    output: Output,
+    config: Settings = None,
+    device: Device = None,
+    seed: Seed = None,
+    epochs: Epochs = None,
+) -> engine.Report:
+    """Pretrain one masked autoencoder for each mask ratio; labels are not needed.
+
+    Writes mae_50.safetensors, mae_75.safetensors. The same call again goes on where a stopped run
+    was.
+    """
+    report = engine.Report()
+    settings = _settings(
+        engine.PretrainConfig, config, "optimization", device=device, seed=seed, epochs=epochs
+    )
+    for path in engine.pretrain(data, output, settings, report):
+        typer.echo(path)
+    return report
+
+
+@_command
+def residuals(
+    data: Data,
+    output: Output,
+    autoencoder: Autoencoders = None,
+    config: Settings = None,
+    device: Device = None,
+    seed: Seed = None,
+) -> engine.Report:
+    """Write the residual maps of every image: <case>_residual.nii.gz, one map after the other."""
+    settings = _settings(engine.ResidualsConfig, config, device=device, seed=seed)
+    return engine.cache_residuals(data, autoencoder or [], output, settings)
+
+
+@_command
+def train(
+    data: Data,
+    output: Output,
+    residuals: Annotated[
+        Path | None, typer.Option(help="Folder of grcsf residuals; needed with model.use_rcu.")
+    ] = None,
+    config: Settings = None,
+    device: Device = None,
+    seed: Seed = None,
+    epochs: Epochs = None,
+) -> engine.Report:
+    """Train GRCSF on images with labels: writes model.safetensors.
+
+    The same call again goes on where a stopped run was.
+    """
+    report = engine.Report()
+    settings = _settings(
+        engine.TrainConfig, config, "optimization", device=device, seed=seed, epochs=epochs
+    )
+    typer.echo(engine.train(data, output, settings, residuals, report))
+    return report
+
+
+@_command
+def predict(
+    images: Annotated[Path, typer.Argument(help="A NIfTI file, or a folder of them.")],
+    checkpoint: Annotated[Path, typer.Option("--model", "-m", help="The file of grcsf train.")],
+    output: Output,
+    autoencoder: Autoencoders = None,
+    residuals: Annotated[
+        Path | None, typer.Option(help="Folder of grcsf residuals, instead of --autoencoder.")
+    ] = None,
+    probabilities: Annotated[
+        bool | None, typer.Option("--probabilities", help="Write the probabilities as well.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Before the one in --config.")] = None,
+    config: Settings = None,
+    device: Device = None,
+) -> engine.Report:
+    """Segment images: <case>_mask.nii.gz in the image's own space."""
+    settings = _settings(
+        engine.PredictConfig,
+        config,
+        device=device,
+        probabilities=probabilities,
+        threshold=threshold,
+    )
+    if device is not None:
+        settings.residuals.device = device
+    return engine.predict(images, checkpoint, output, settings, autoencoder or [], residuals)
+
+
+@_command
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder of <case>_mask.nii.gz.")],
+    labels: Annotated[Path, typer.Argument(help="Folder of images with labels.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for evaluation.json; that of the masks."),
+    ] = None,
+) -> engine.Report:
+    """Measure masks against labels: Dice, lesion F1, HD95 and more, per case and mean."""
+    report = engine.Report()
+    Console().print(table(engine.evaluate(predictions, labels, output, report)))
+    return report
+
+
+@_command
+def config(
+    command: Annotated[_Topic, typer.Argument(help="The command.")],
+) -> None:
+    """Print all settings of a command with their defaults, as YAML."""
+    typer.echo(dump_config(_CONFIGS[command.value]()), nl=False)
+
+
+@_command
+def doctor() -> None:
+    """Say what this installation can do, and why something is missing."""
+    from grcsf_kernels.doctor import main
+
+    main()
+
+
+@_command
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all files.")] = Path(
+        "demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Pretrain, train and segment on a real brain with synthetic lesions, in a few minutes."""
+    from grcsf_kernels.engine.demo import run_demo
+
+    run_demo(output, seed=seed)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings as typed dataclasses, and their YAML form. Every default stands here."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.files import write_whole
+
+Triple = tuple[int, int, int]
+
+
+@dataclass
+class DataConfig:
+    """How volumes become tensors. Axes are those of the volume in RAS orientation."""
+
+    spacing: tuple[float, float, float] | None = None  # mm; null keeps each image's own
+    intensity: str = "zscore"  # zscore: over voxels that are not 0; window: clip, then to [-1, 1]
+    window: tuple[float, float] = (-200.0, 800.0)  # Hounsfield units, for intensity: window
+
+
+@dataclass
+class AutoencoderConfig:
+    """The masked autoencoders, one for each mask ratio."""
+
+    mask_ratios: tuple[float, ...] = (0.5, 0.75)
+    patch_size: Triple = (16, 16, 16)  # voxels
+    embed_dim: int = 384
+    depth: int = 6
+    num_heads: int = 6
+    decoder_dim: int = 192
+    decoder_depth: int = 2
+    decoder_heads: int = 6
+    normalized_target: bool = True
+
+
+@dataclass
+class ModelConfig:
+    """The segmentation network; see grcsf_kernels.models.GRCSF."""
+
+    channels: tuple[int, ...] = (16, 32, 64, 128, 256)
+    blocks_per_level: int = 1
+    rcu_levels: tuple[int, ...] = (1,)
+    num_heads: int = 4
+    head_dim: int = 8
+    patch_size: Triple = (8, 8, 8)  # voxels of the RCU's level
+    reduction: int = 16
+    compensation: str = "dissimilarity"
+    score_channels: int = 32
+    use_gcu: bool = True
+    use_rcu: bool = True
+
+
+@dataclass
+class OptimizationConfig:
+    """What pretraining and training share: AdamW, warm-up, cosine decay to 0."""
+
+    epochs: int = 200
+    steps_per_epoch: int = 100
+    batch_size: int = 2
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    warmup_epochs: float = 2.0
+    clip_norm: float = 1.0  # of the gradient
+    precision: str = "32-true"  # 32-true, bf16-mixed or 16-mixed
+    device: str = "auto"  # auto, cpu or cuda
+    seed: int = 0
+
+
+@dataclass
+class PretrainConfig:
+    """grcsf pretrain."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    crop_size: Triple = (96, 96, 96)  # voxels, a multiple of the patch size
+
+
+@dataclass
+class ResidualsConfig:
+    """grcsf residuals, and the maps that grcsf predict makes on the way."""
+
+    draws: int = 4  # masks for each window
+    masking: str = "complementary"  # or random
+    overlap: float = 0.5  # of neighboring windows
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass
+class TrainConfig:
+    """grcsf train."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    crop_size: Triple = (96, 96, 96)  # voxels; smaller volumes are padded
+    foreground: float = 0.67  # share of crops that are centered on a lesion voxel
+    validation_fraction: float = 0.1  # of the cases; 0: none, the last epoch is kept
+    validation_every: int = 10  # epochs
+
+
+@dataclass
+class PredictConfig:
+    """grcsf predict."""
+
+    threshold: float = 0.5
+    overlap: float = 0.5  # of neighboring windows
+    probabilities: bool = False  # also write <case>_probability.nii.gz
+    device: str = "auto"
+    residuals: ResidualsConfig = field(default_factory=ResidualsConfig)
+
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration in plain YAML and JSON types."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(cls: type[Config], values: Any, where: str) -> Config:
+    """A configuration of class ``cls`` from plain types; ``where`` names the source in errors.
+
+    Raises:
+        InputError: a key that does not exist, or a value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise InputError(where, f"holds {values!r}", "expected a mapping of settings")
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise InputError(
+            where, f"unknown setting {unknown[0]!r}", f"expected one of {', '.join(hints)}"
+        )
+    parsed = {key: _value(hints[key], value, f"{where}: {key}") for key, value in values.items()}
+    return cls(**parsed)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        length = None if kinds[-1] is Ellipsis else len(kinds)
+        fits = isinstance(value, list | tuple) and length in (None, len(value))
+        if not fits:
+            count = "a list" if length is None else f"a list of {length}"
+            raise InputError(where, f"is {value!r}", f"expected {count}")
+        return tuple(_value(kinds[0], item, where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(where, f"is {value!r}", f"expected {hint.__name__}")
+    return value
+
+
+def load_config(cls: type[Config], path: Path) -> Config:
+    """Read a YAML file; settings that it leaves out keep their defaults.
+
+    Raises:
+        InputError: the file can't be read, or a setting is unknown or of the wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(path, f"can't be read ({problem})", "expected a YAML file") from error
+    return from_dict(cls, {} if values is None else values, str(path))
+
+
+def dump_config(config: Any) -> str:
+    """The YAML text of a configuration, every setting in it."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a configuration as YAML, whole."""
+    write_whole(path, lambda temporary: temporary.write_text(dump_config(config)))

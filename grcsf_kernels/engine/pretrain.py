@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretraining of the masked autoencoders, one for each mask ratio."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from monai.transforms import Compose, RandFlipd, RandSpatialCropd, SpatialPadd
+from rich.progress import track
+from torch import Tensor, nn
+
+from grcsf_kernels.engine.checkpoint import save_checkpoint
+from grcsf_kernels.engine.config import PretrainConfig, save_config, to_dict
+from grcsf_kernels.engine.data import Preprocessing, Sample, check_size, find_cases, load_sample
+from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.loop import fit, seed_of
+from grcsf_kernels.engine.report import Report, console
+from grcsf_kernels.models import MaskedAutoencoder
+
+
+def autoencoder_path(output: Path, mask_ratio: float) -> Path:
+    """``mae_50.safetensors`` for a mask ratio of 0.5."""
+    return Path(output) / f"mae_{round(mask_ratio * 100)}.safetensors"
+
+
+def pretrain(
+    data: Path, output: Path, config: PretrainConfig, report: Report | None = None
+) -> list[Path]:
+    """Train one masked autoencoder for each mask ratio on the images of a folder.
+
+    Goes on from the last finished epoch where ``output`` holds a run with the same settings.
+
+    Args:
+        data: a folder of images; see :func:`grcsf_kernels.engine.data.find_cases`.
+        output: gets ``mae_<percent>.safetensors``, the settings and the training states.
+        config: settings.
+        report: takes the images that can't be used; None: only printed.
+
+    Returns:
+        The model files, in the order of the mask ratios.
+
+    Raises:
+        InputError: no image can be used, or a setting that does not fit.
+    """
+    report = Report() if report is None else report
+    model_config = config.model
+    if any(c % p for c, p in zip(config.crop_size, model_config.patch_size, strict=True)):
+        raise InputError(
+            "crop_size",
+            f"is {config.crop_size}",
+            f"expected a multiple of model.patch_size {model_config.patch_size}",
+        )
+    samples = _load(data, config, report)
+    save_config(config, Path(output) / "pretrain.yaml")
+    paths = []
+    for index, ratio in enumerate(model_config.mask_ratios):
+        path = autoencoder_path(output, ratio)
+        seed = seed_of(config.optimization.seed, index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _build(config, ratio)
+        optimization = dataclasses.replace(config.optimization, seed=seed)
+        crops = Crops(samples, config.crop_size, optimization.batch_size, seed)
+
+        def step(
+            network: nn.Module, epoch: int, index: int, crops: Crops = crops, seed: int = seed
+        ) -> tuple[Tensor, str]:
+            images, names = crops(epoch, index)
+            generator = torch.Generator().manual_seed(seed_of(seed, epoch, index, 1))
+            device = next(network.parameters()).device
+            loss, _, _ = network(images.to(device), generator=generator)
+            return loss, names
+
+        def epoch_done(
+            network: nn.Module, epoch: int, loss: float, best: float, path: Path = path
+        ) -> float:
+            save_checkpoint(path, network, config.data, config.crop_size)
+            return best
+
+        fit(
+            model,
+            step,
+            optimization,
+            state_path=path.with_suffix(".state"),
+            identity=json.dumps([to_dict(config), ratio, [s.case.name for s in samples]]),
+            title=f"autoencoder {ratio:.0%}",
+            epoch_done=epoch_done,
+        )
+        paths.append(path)
+    return paths
+
+
+def _build(config: PretrainConfig, ratio: float) -> MaskedAutoencoder:
+    model = config.model
+    try:
+        return MaskedAutoencoder(
+            model.patch_size,
+            1,
+            embed_dim=model.embed_dim,
+            depth=model.depth,
+            num_heads=model.num_heads,
+            decoder_dim=model.decoder_dim,
+            decoder_depth=model.decoder_depth,
+            decoder_heads=model.decoder_heads,
+            mask_ratio=ratio,
+            normalized_target=model.normalized_target,
+        )
+    except ValueError as error:
+        raise InputError("model", str(error), "correct the setting") from error
+
+
+def _load(data: Path, config: PretrainConfig, report: Report) -> list[Sample]:
+    preprocessing = Preprocessing(config.data)
+    samples = []
+    cases = find_cases(data, report, labels=False)
+    for case in track(cases, "reading", console=console):
+        try:
+            sample = load_sample(case, preprocessing)
+            check_size(sample, config.model.patch_size, "the autoencoder's patch")
+        except InputError as error:
+            report.skip(case.image, str(error))
+        else:
+            samples.append(sample)
+    if not samples:
+        raise InputError(data, "no image can be used", "see the reasons above")
+    return samples
+
+
+class Crops:
+    """Batches of random crops: a function of (epoch, step) and the seed."""
+
+    def __init__(
+        self, samples: list[Sample], crop_size: tuple[int, int, int], batch: int, seed: int
+    ) -> None:
+        self._samples, self._batch, self._seed = samples, batch, seed
+        keys = ["image"]
+        flips = [RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)]
+        crop = RandSpatialCropd(keys, crop_size, random_size=False)
+        self._transform = Compose([SpatialPadd(keys, crop_size), crop, *flips])
+
+    def __call__(self, epoch: int, step: int) -> tuple[Tensor, str]:
+        """Images [B, 1, *crop] and the names of their cases."""
+        seed = seed_of(self._seed, epoch, step, 0)
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.randint(len(self._samples), (self._batch,), generator=generator).tolist()
+        self._transform.set_random_state(seed=seed)
+        images = [
+            self._transform({"image": self._samples[i].image.as_tensor()})["image"] for i in picks
+        ]
+        stacked = torch.stack([torch.as_tensor(image).as_subclass(Tensor) for image in images])
+        return stacked, ", ".join(self._samples[i].case.name for i in picks)

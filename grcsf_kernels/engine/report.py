@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run over many files did, and which files it could not use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+from grcsf_kernels.engine.errors import InputError
+
+Item = TypeVar("Item")
+
+console = Console(stderr=True)
+
+
+@dataclass
+class Report:
+    """Files that were written, and inputs that were skipped with the reason.
+
+    Attributes:
+        done: paths of what was written.
+        failed: pairs of input and reason.
+    """
+
+    done: list[Path] = field(default_factory=list)
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+
+    def skip(self, path: Path, reason: str) -> None:
+        """Note an input that can't be used, and say so."""
+        self.failed.append((path, reason))
+        console.print(f"skipped: {reason}", style="yellow", highlight=False, soft_wrap=True)
+
+
+def for_each(
+    items: Iterable[Item], work: Callable[[Item], Path | None], report: Report, title: str
+) -> None:
+    """Call ``work`` for every item with a progress bar; one bad file does not stop the others."""
+    items = list(items)
+    for item in track(items, title, console=console, disable=not items):
+        try:
+            written = work(item)
+        except InputError as error:
+            report.skip(Path(str(error.where)), str(error))
+        else:
+            if written is not None:
+                report.done.append(written)

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the segmentation network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceFocalLoss
+from monai.transforms import (
+    Compose,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+    SpatialPadd,
+)
+from rich.progress import track
+from torch import Tensor, nn
+
+from grcsf_kernels.engine.checkpoint import save_checkpoint
+from grcsf_kernels.engine.config import TrainConfig, save_config, to_dict
+from grcsf_kernels.engine.data import Preprocessing, Sample, find_cases, load_sample
+from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.loop import fit, seed_of
+from grcsf_kernels.engine.metrics import dice
+from grcsf_kernels.engine.report import Report, console
+from grcsf_kernels.models import GRCSF
+
+
+def train(
+    data: Path,
+    output: Path,
+    config: TrainConfig,
+    residuals: Path | None = None,
+    report: Report | None = None,
+) -> Path:
+    """Train GRCSF, or its backbone, on the cases of a folder.
+
+    Goes on from the last finished epoch where ``output`` holds a run with the same settings. With
+    validation cases the epoch with the best validation Dice is kept, without them the last one.
+
+    Args:
+        data: a folder of images with labels; see :func:`grcsf_kernels.engine.data.find_cases`.
+        output: gets ``model.safetensors``, the settings, the training state and TensorBoard logs.
+        config: settings.
+        residuals: the folder of :func:`grcsf_kernels.engine.cache_residuals`; needed with
+            ``model.use_rcu``.
+        report: takes the cases that can't be used; None: only printed.
+
+    Returns:
+        The model file.
+
+    Raises:
+        InputError: no case can be used, or a setting that does not fit.
+    """
+    report = Report() if report is None else report
+    if config.model.use_rcu and residuals is None:
+        raise InputError(
+            "residuals", "missing", "run grcsf residuals first, or set model.use_rcu to false"
+        )
+    samples = _load(data, config, residuals if config.model.use_rcu else None, report)
+    training, validation = _split(samples, config)
+    maps = 0 if samples[0].residual is None else samples[0].residual.shape[0]
+    seed = config.optimization.seed
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(config, max(maps, 1))
+    save_config(config, Path(output) / "train.yaml")
+    crops = LesionCrops(training, config, seed)
+    criterion = DiceFocalLoss(sigmoid=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    path = Path(output) / "model.safetensors"
+    log = _logger(Path(output))
+
+    def step(network: nn.Module, epoch: int, index: int) -> tuple[Tensor, str]:
+        batch, names = crops(epoch, index)
+        device = next(network.parameters()).device
+        image, label, residual = (part.to(device) for part in batch.split([1, 1, maps], dim=1))
+        logits = network(image, residual if maps else None)
+        return criterion(logits.float(), label), names
+
+    def epoch_done(network: nn.Module, epoch: int, loss: float, best: float) -> float:
+        last = epoch + 1 == config.optimization.epochs
+        if not validation:
+            save_checkpoint(path, network, config.data, config.crop_size)
+            return best
+        if last or (epoch + 1) % config.validation_every == 0:
+            score = _validate(network, validation, config)
+            log("validation dice", score, epoch)
+            if score > best or not path.exists():
+                save_checkpoint(path, network, config.data, config.crop_size)
+                return score
+        return best
+
+    fit(
+        model,
+        step,
+        config.optimization,
+        state_path=path.with_suffix(".state"),
+        identity=json.dumps([to_dict(config), [sample.case.name for sample in samples]]),
+        title="GRCSF" if config.model.use_gcu or config.model.use_rcu else "backbone",
+        epoch_done=epoch_done,
+        log=log,
+    )
+    return path
+
+
+def build(config: TrainConfig, num_maps: int) -> GRCSF:
+    """The network of a configuration, with fresh weights."""
+    model = config.model
+    try:
+        return GRCSF(
+            1,
+            1,
+            num_maps=num_maps,
+            channels=model.channels,
+            blocks_per_level=model.blocks_per_level,
+            rcu_levels=model.rcu_levels,
+            num_heads=model.num_heads,
+            head_dim=model.head_dim,
+            patch_size=model.patch_size,
+            reduction=model.reduction,
+            compensation=model.compensation,
+            score_channels=model.score_channels,
+            use_gcu=model.use_gcu,
+            use_rcu=model.use_rcu,
+        )
+    except ValueError as error:
+        raise InputError("model", str(error), "correct the setting") from error
+
+
+def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Report) -> list[Sample]:
+    preprocessing = Preprocessing(config.data)
+    samples: list[Sample] = []
+    cases = find_cases(data, report, labels=True)
+    for case in track(cases, "reading", console=console):
+        try:
+            sample = load_sample(case, preprocessing, labels=True, residuals=residuals)
+        except InputError as error:
+            report.skip(case.image, str(error))
+            continue
+        if sample.residual is not None and samples:
+            expected = samples[0].residual
+            assert expected is not None
+            if sample.residual.shape[0] != expected.shape[0]:
+                report.skip(
+                    case.image,
+                    f"{case.image}: has {sample.residual.shape[0]} residual maps and the others "
+                    f"{expected.shape[0]}; run grcsf residuals on all cases again",
+                )
+                continue
+        samples.append(sample)
+    if not samples:
+        raise InputError(data, "no case can be used", "see the reasons above")
+    return samples
+
+
+def _split(samples: list[Sample], config: TrainConfig) -> tuple[list[Sample], list[Sample]]:
+    """Training and validation cases: a shuffle that follows from the seed."""
+    if not 0 <= config.validation_fraction < 1:
+        raise InputError(
+            "validation_fraction", f"is {config.validation_fraction}", "expected 0 up to below 1"
+        )
+    held = int(len(samples) * config.validation_fraction)
+    generator = torch.Generator().manual_seed(seed_of(config.optimization.seed, 1))
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    return [samples[i] for i in order[held:]], [samples[i] for i in order[:held]]
+
+
+@torch.no_grad()
+def _validate(network: nn.Module, samples: list[Sample], config: TrainConfig) -> float:
+    device = next(network.parameters()).device
+    scores = []
+    for sample in samples:
+        logits = predict_logits(network, sample.image, sample.residual, config.crop_size, device)
+        assert sample.label is not None
+        scores.append(dice((logits[0] > 0).numpy(), sample.label[0].numpy() > 0))
+    return sum(scores) / len(scores)
+
+
+def predict_logits(
+    network: nn.Module,
+    image: Tensor,
+    residual: Tensor | None,
+    crop_size: tuple[int, int, int],
+    device: torch.device,
+    overlap: float = 0.5,
+) -> Tensor:
+    """Logits [1, *S] on the CPU of an image [1, *S] and maps [K, *S], in blended windows."""
+    parts = [torch.as_tensor(image).as_subclass(Tensor)] + ([] if residual is None else [residual])
+
+    def run(window: Tensor) -> Tensor:
+        maps = window[:, 1:] if residual is not None else None
+        return network(window[:, :1], maps).float()
+
+    logits = sliding_window_inference(
+        torch.cat(parts)[None],
+        crop_size,
+        sw_batch_size=2,
+        predictor=run,
+        overlap=overlap,
+        mode="gaussian",
+        sw_device=device,
+        device=torch.device("cpu"),
+    )
+    return torch.as_tensor(logits)[0]
+
+
+def _logger(output: Path) -> Callable[[str, float, int], None]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return lambda name, value, epoch: None
+    writer = SummaryWriter(output / "logs")
+
+    def log(name: str, value: float, epoch: int) -> None:
+        writer.add_scalar(name, value, epoch)
+        writer.flush()
+
+    return log
+
+
+class LesionCrops:
+    """Batches of augmented crops, mostly around lesions: a function of (epoch, step) and the seed.
+
+    Image, label and residual maps go through the same spatial transforms.
+    """
+
+    def __init__(self, samples: list[Sample], config: TrainConfig, seed: int) -> None:
+        self._samples, self._batch, self._seed = samples, config.optimization.batch_size, seed
+        keys = ["image", "label"] + ([] if samples[0].residual is None else ["residual"])
+        self._keys = keys
+        flips = [RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)]
+        self._transform = Compose(
+            [
+                SpatialPadd(keys, config.crop_size),
+                RandCropByPosNegLabeld(
+                    keys,
+                    label_key="label",
+                    spatial_size=config.crop_size,
+                    pos=config.foreground,
+                    neg=1 - config.foreground,
+                    num_samples=1,
+                ),
+                *flips,
+                RandScaleIntensityd(["image"], factors=0.1, prob=0.5),
+                RandShiftIntensityd(["image"], offsets=0.1, prob=0.5),
+            ]
+        )
+
+    def __call__(self, epoch: int, step: int) -> tuple[Tensor, str]:
+        """[B, 1 + 1 + K, *crop]: image, label, maps; and the names of the cases."""
+        seed = seed_of(self._seed, epoch, step, 2)
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.randint(len(self._samples), (self._batch,), generator=generator).tolist()
+        self._transform.set_random_state(seed=seed)
+        crops = []
+        for pick in picks:
+            sample = self._samples[pick]
+            parts = {key: torch.as_tensor(getattr(sample, key)) for key in self._keys}
+            (crop,) = self._transform({k: v.as_subclass(Tensor) for k, v in parts.items()})
+            crops.append(
+                torch.cat([torch.as_tensor(crop[key]).as_subclass(Tensor) for key in self._keys])
+            )
+        return torch.stack(crops), ", ".join(self._samples[i].case.name for i in picks)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny data set of blobs, and settings that train on it in a second."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from grcsf_kernels.engine import (
+    AutoencoderConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizationConfig,
+    PretrainConfig,
+    ResidualsConfig,
+    TrainConfig,
+)
+
+# Left-anterior-superior, oblique, anisotropic: everything that a careless reader gets wrong.
+AFFINE = np.array(
+    [[-0.9, 0.1, 0.0, 20.0], [0.1, 0.9, 0.2, -30.0], [0.0, -0.2, 1.9, 5.0], [0.0, 0.0, 0.0, 1.0]]
+)
+
+
+def write(path, array, affine=AFFINE):
+    image = nib.Nifti1Image(array, affine)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+    return path
+
+
+def blob(seed, shape=(21, 18, 13)):
+    """A dim ellipsoid with a bright lesion in it."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    image = np.where((grid**2).sum(0) < 0.9, 100 + 5 * rng.standard_normal(shape), 0)
+    center = rng.uniform(-0.3, 0.3, 3)[:, None, None, None]
+    label = ((grid - center) ** 2).sum(0) < 0.08
+    return (image + 80 * label).astype(np.float32), label.astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three cases: <case>_image.nii.gz and <case>_label.nii.gz."""
+    for index in range(3):
+        image, label = blob(index)
+        write(tmp_path / f"data/case{index}_image.nii.gz", image)
+        write(tmp_path / f"data/case{index}_label.nii.gz", label)
+    return tmp_path / "data"
+
+
+def optimization(**changes):
+    values = {"epochs": 2, "steps_per_epoch": 2, "batch_size": 1, "device": "cpu"}
+    return OptimizationConfig(**(values | changes))
+
+
+def pretrain_config(**changes):
+    return PretrainConfig(
+        data=DataConfig(),
+        model=AutoencoderConfig(
+            patch_size=(4, 4, 4),
+            embed_dim=24,
+            depth=1,
+            num_heads=2,
+            decoder_dim=24,
+            decoder_depth=1,
+            decoder_heads=2,
+        ),
+        optimization=optimization(**changes),
+        crop_size=(16, 16, 8),
+    )
+
+
+def train_config(use_rcu=True, use_gcu=True, **changes):
+    return TrainConfig(
+        data=DataConfig(),
+        model=ModelConfig(
+            channels=(4, 8, 8),
+            patch_size=(4, 4, 4),
+            num_heads=2,
+            head_dim=4,
+            use_rcu=use_rcu,
+            use_gcu=use_gcu,
+        ),
+        optimization=optimization(**changes),
+        crop_size=(16, 16, 8),
+        validation_fraction=0.0,
+    )
+
+
+def residuals_config():
+    return ResidualsConfig(device="cpu")
