@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,9 +52,13 @@ def hd95(prediction: np.ndarray, label: np.ndarray, spacing: Sequence[float]) ->
     both = ndimage.find_objects((prediction | label).astype(np.uint8))[0]
     box = tuple(slice(max(axis.start - 1, 0), axis.stop + 1) for axis in both)
     one, two = (torch.from_numpy(m[box].astype(np.uint8))[None, None] for m in (prediction, label))
-    distance = compute_hausdorff_distance(
-        one, two, include_background=True, percentile=95, spacing=list(spacing)
-    )
+    sizes = [float(size) for size in spacing]
+    with warnings.catch_warnings():
+        # MONAI 1.5 and 1.6 call a function of their own with an argument that they deprecate.
+        warnings.simplefilter("ignore", FutureWarning)
+        distance = compute_hausdorff_distance(
+            one, two, include_background=True, percentile=95, spacing=sizes
+        )
     return float(distance)
 
 

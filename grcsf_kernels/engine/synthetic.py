@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import functools
 import heapq
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+
+from grcsf_kernels.engine.files import write_whole
 
 LESION_VOLUME_MM3 = (10.0, 50_000.0)
 TISSUE = 0.5  # of the template's maximum: above it grey and white matter, below it fluid
@@ -254,14 +255,8 @@ def _scan(rng: np.random.Generator, head: _Array, brain: _Mask) -> _Array:
 
 
 def _write(path: Path, array: NDArray[np.generic], affine: NDArray[np.float64]) -> None:
-    """A NIfTI file that is there whole or not at all."""
     import nibabel as nib
 
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
-    partial = path.with_name(f".{path.name.removesuffix('.nii.gz')}.{os.getpid()}.nii.gz")
-    try:
-        nib.save(image, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, lambda temporary: nib.save(image, temporary))

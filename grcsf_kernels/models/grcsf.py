@@ -141,7 +141,7 @@ class GRCSF(ResidualUNet):
             if residual is None or str(level) not in self.rcu:
                 return x
             # Means over exactly the voxels that a voxel of this level stands for.
-            maps = _POOL[self.spatial_dims](residual, list(x.shape[2:]))
+            maps = _POOL[self.spatial_dims](residual, x.shape[2:])  # type: ignore[arg-type]
             return self.rcu[str(level)](x, maps, context)
 
         return self.decode(compensated, after)

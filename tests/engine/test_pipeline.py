@@ -65,7 +65,9 @@ def test_cached_maps_and_maps_on_the_way_give_the_same_mask(folder, tmp_path):
     config = engine.PredictConfig(device="cpu", probabilities=True, residuals=residuals_config())
     engine.predict(folder, model, tmp_path / "one", config, autoencoders)
     engine.predict(folder, model, tmp_path / "two", config, residuals=tmp_path / "maps")
-    one, two = (nib.load(tmp_path / n / "case1_probability.nii.gz").get_fdata() for n in ("one", "two"))
+    one, two = (
+        nib.load(tmp_path / n / "case1_probability.nii.gz").get_fdata() for n in ("one", "two")
+    )
     assert np.abs(one - two).max() < 1e-5
 
 
@@ -186,7 +188,9 @@ def test_volumes_smaller_than_the_crop_are_padded(tmp_path):
     write(tmp_path / "d/a_image.nii.gz", image, AFFINE)
     write(tmp_path / "d/a_label.nii.gz", label, AFFINE)
     model = engine.train(tmp_path / "d", tmp_path / "run", train_config(use_rcu=False))
-    report = engine.predict(tmp_path / "d", model, tmp_path / "m", engine.PredictConfig(device="cpu"))
+    report = engine.predict(
+        tmp_path / "d", model, tmp_path / "m", engine.PredictConfig(device="cpu")
+    )
     assert nib.load(report.done[0]).shape == (9, 18, 5)
 
 
@@ -194,9 +198,7 @@ def test_volumes_smaller_than_the_crop_are_padded(tmp_path):
 def test_mixed_precision(folder, tmp_path, precision):
     config = train_config()
     config.optimization.precision = precision
-    autoencoders = engine.pretrain(
-        folder, tmp_path / "mae", pretrain_config(precision=precision)
-    )
+    autoencoders = engine.pretrain(folder, tmp_path / "mae", pretrain_config(precision=precision))
     engine.cache_residuals(folder, autoencoders, tmp_path / "maps", residuals_config())
     weights = load_file(engine.train(folder, tmp_path / "run", config, tmp_path / "maps"))
     assert all(w.dtype == torch.float32 and torch.isfinite(w).all() for w in weights.values())

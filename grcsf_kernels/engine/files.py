@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write ``path`` through a temporary file in the same folder that is renamed at the end.
+
+    Args:
+        path: the file; its folder is made.
+        write: called with the temporary path, which has the same suffixes.
+
+    Returns:
+        ``path``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Hidden, so that nothing that lists volumes takes it for one; with the suffixes, because
+    # writers choose the format by them.
+    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
