@@ -22,8 +22,7 @@ class SqueezeExcitation(nn.Module):
 
     Args:
         channels: channels C of the input.
-        reduction: the hidden layer has ``C // reduction`` units, but at least 4 (C where that is
-            less): a single rectified unit that is off for all inputs would never learn again.
+        reduction: the hidden layer has ``max(C // reduction, 1)`` units.
 
     Raises:
         ValueError: ``channels`` or ``reduction`` below 1.
@@ -36,9 +35,12 @@ class SqueezeExcitation(nn.Module):
         for name, value in (("channels", channels), ("reduction", reduction)):
             if value < 1:
                 raise ValueError(f"SqueezeExcitation: {name} is {value}, expected at least 1")
-        hidden = max(channels // reduction, min(channels, 4))
+        hidden = max(channels // reduction, 1)
         self.squeeze = nn.Linear(channels, hidden)
         self.excite = nn.Linear(hidden, channels)
+        # Means of normalized features hardly differ between inputs, so about half of the rectified
+        # units would start off for all of them and never learn. This starts them on.
+        nn.init.ones_(self.squeeze.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate [B, C] of ``x`` [B, C, *S], float32 (float64 for float64 input)."""

@@ -314,7 +314,7 @@ def test_wrong_options(folder, tmp_path):
         engine.train(folder, tmp_path / "run", train_config())
     config = pretrain_config()
     config.crop_size = (18, 16, 8)
-    with pytest.raises(InputError, match="expected a multiple of model.patch_size"):
+    with pytest.raises(InputError, match=r"expected a multiple of model.patch_size"):
         engine.pretrain(folder, tmp_path / "mae", config)
 
 

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native module: torch-free, in torch's thread pool, for every instruction set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import assert_close, example
+
+import grcsf_kernels
+from grcsf_kernels import native
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_the_module_knows_nothing_of_torch():
+    """It imports in an interpreter that never loads torch, and links none of its libraries."""
+    path = native.library().__file__
+    result = run_python(
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_C', {path!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert module.operators()['cpu'] == ('residual_map',)\n"
+    )
+    assert result.returncode == 0, result.stderr
+    if shutil.which("ldd"):
+        linked = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+        for library in ("torch", "c10", "gomp", "iomp", "cudart"):
+            assert library not in linked, linked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps, which Linux has")
+def test_the_thread_pool_is_that_of_torch():
+    """One OpenMP runtime in the process, and it is the one that torch brought."""
+    runtime = native.library().openmp_library()
+    assert runtime, "no OpenMP runtime was found"
+    example("residual_map")()
+    loaded = {
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "libgomp" in line or "libiomp" in line or "libomp" in line
+    }
+    assert Path(runtime).resolve() in {Path(name).resolve() for name in loaded}
+    torch_libraries = Path(torch.__file__).resolve().parent.parent
+    assert torch_libraries in Path(runtime).resolve().parents or len(loaded) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_more_threads_than_torch_has(threads):
+    """torch.set_num_threads is obeyed: the process gets no thread beyond torch's own."""
+    result = run_python(
+        "import os, torch, grcsf_kernels\n"
+        f"torch.set_num_threads({threads})\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "torch.randn(1 << 22).exp().sum()\n"
+        "before = count()\n"
+        "image, tokens = torch.randn(1, 1, 64, 64, 64), torch.randn(2, 1, 512, 512)\n"
+        "with grcsf_kernels.use_backend('cpu'):\n"
+        "    grcsf_kernels.residual_map(image, tokens, patch_size=8)\n"
+        "assert count() == before, (before, count())\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("isa", ["portable", ""])
+def test_every_instruction_set(isa, tmp_path):
+    """The portable kernels too are run and hold the bar, whatever this processor has."""
+    path = tmp_path / "found.pt"
+    result = run_python(
+        "import sys, torch\n"
+        "sys.path.insert(0, 'tests')\n"
+        "import grcsf_kernels\n"
+        "from grcsf_kernels import native\n"
+        "from support import DTYPES, example\n"
+        f"assert {isa!r} in ('', native.library().isa())\n"
+        "found = []\n"
+        "with grcsf_kernels.use_backend('cpu'):\n"
+        "    for dtype in DTYPES:\n"
+        "        call = example('residual_map', dtype=dtype).requires_grad()\n"
+        "        out = call()[0]\n"
+        "        out.sum().backward()\n"
+        "        found.append([out.detach(), call.arguments[0].grad, call.arguments[1].grad])\n"
+        f"torch.save(found, {str(path)!r})\n",
+        GRCSF_CPU_ISA=isa,
+    )
+    assert result.returncode == 0, result.stderr
+    from support import DTYPES
+
+    for dtype, found in zip(DTYPES, torch.load(path), strict=True):
+        call = example("residual_map", dtype=dtype).requires_grad()
+        with grcsf_kernels.use_backend("reference"):
+            out = call()[0]
+            out.sum().backward()
+        expected = (out, call.arguments[0].grad, call.arguments[1].grad)
+        for one, two in zip(expected, found, strict=True):
+            assert_close(two, one, dtype, gradient=True)
+
+
+def test_half_precision_conversions_are_those_of_torch():
+    """All 65,536 values of each half dtype are read right, and rounding to them is torch's."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    with grcsf_kernels.use_backend("cpu"):
+        for dtype in (torch.float16, torch.bfloat16):
+            values = bits.view(dtype)
+            values = values[torch.isfinite(values)]
+            values = values[: len(values) // 64 * 64]
+            tokens = values.view(1, 1, -1, 64)
+            image = torch.zeros(1, 1, tokens.shape[2] * 8, 8)
+            residual = grcsf_kernels.residual_map(image, tokens, patch_size=8)
+            expected = tokens[0, 0].float().abs().view(-1, 8).view_as(residual)
+            assert torch.equal(residual, expected)
+
+            wide = torch.randn(1, 1, 256, 256, dtype=torch.float64).float()
+            wide = wide * torch.logspace(-9, 4, 256)
+            zero = torch.zeros(1, 1, 1024, 64, dtype=dtype)
+            narrow = wide.to(dtype)
+            residual = grcsf_kernels.residual_map(narrow, zero, patch_size=8)
+            assert torch.equal(residual, narrow.abs())
+
+
+def test_averages_round_like_torch():
+    """The mean of two neighbors is a tie: round to nearest even."""
+    for dtype in (torch.float16, torch.bfloat16):
+        low = torch.linspace(1, 2, 33)[:32].to(dtype)
+        high = torch.nextafter(low, torch.full_like(low, 10))
+        prediction = torch.stack([low, high]).view(2, 1, 2, 16)
+        image = torch.zeros(1, 1, 8, 4, dtype=dtype)
+        with grcsf_kernels.use_backend("cpu"):
+            found = grcsf_kernels.residual_map(image, prediction, patch_size=4)
+        expected = ((low.float() + high.float()) / 2).to(dtype).view(8, 4)
+        assert torch.equal(found[0, 0], expected)
+
+
+def test_wrong_capsules_are_refused():
+    module = native.library()
+    good = native.capsule(torch.zeros(1, 1, 1, 2, 2))
+    with pytest.raises(TypeError, match="image is not an unused DLPack capsule"):
+        module.residual_map_forward(3, good, None, [1, 1, 1], False, False, 1e-6, 1, good)
+    integers = native.capsule(torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(TypeError, match="prediction has a DLPack dtype that no kernel takes"):
+        module.residual_map_forward(good, integers, None, [1, 1, 1], False, False, 1e-6, 1, good)

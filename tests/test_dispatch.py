@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs, and what is said when one can't."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import example
+
+import grcsf_kernels
+from grcsf_kernels import dispatch, doctor
+
+
+def test_backends_says_which_there_are_and_why_others_are_not():
+    found = grcsf_kernels.backends()
+    assert list(found) == ["reference", "cpu", "triton", "cuda"]
+    assert found["reference"].operators == ("residual_map", "gcu", "rcu")
+    for name, status in found.items():
+        assert bool(status) == status.available == (not status.reason), name
+        assert status.reason or status.operators, name
+
+
+def test_the_native_kernels_are_built_here():
+    """The test suite is of the built package: without `_C` most of it would test nothing."""
+    assert "residual_map" in grcsf_kernels.backends()["cpu"].operators
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The backends that ran, in order."""
+    ran = []
+    original = dispatch.select
+
+    def select(operator, device_type):
+        ran.append(original(operator, device_type))
+        return ran[-1]
+
+    monkeypatch.setattr(dispatch, "select", select)
+    return ran
+
+
+def test_automatic_choice_prefers_native_kernels(calls):
+    example("residual_map")()
+    assert calls == ["cpu"]
+
+
+def test_use_backend_nests_and_ends(calls):
+    call = example("residual_map")
+    with grcsf_kernels.use_backend("reference"):
+        call()
+        with grcsf_kernels.use_backend("cpu"):
+            call()
+        call()
+    call()
+    assert calls == ["reference", "cpu", "reference", "cpu"]
+
+
+def test_use_backend_holds_for_backward_too(calls):
+    call = example("residual_map").requires_grad()
+    with grcsf_kernels.use_backend("reference"):
+        call()[0].sum().backward()
+    assert calls == ["reference", "reference"]
+
+
+def test_the_environment_variable(calls, monkeypatch):
+    monkeypatch.setenv("GRCSF_BACKEND", "reference")
+    example("residual_map")()
+    with grcsf_kernels.use_backend("cpu"):
+        example("residual_map")()
+    assert calls == ["reference", "cpu"]
+    monkeypatch.setenv("GRCSF_BACKEND", "fast")
+    with pytest.raises(ValueError, match="GRCSF_BACKEND names backend 'fast', expected one of ref"):
+        example("residual_map")()
+
+
+def test_an_explicit_choice_never_falls_back():
+    missing = next(name for name, status in grcsf_kernels.backends().items() if not status)
+    with (
+        pytest.raises(RuntimeError, match=f"backend '{missing}' can't run here: .+"),
+        grcsf_kernels.use_backend(missing),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="use_backend names backend 'fpga'"),
+        grcsf_kernels.use_backend("fpga"),
+    ):
+        pass
+    absent = [op for op in dispatch.OPERATORS if dispatch.why_not("cpu", op, "cpu")]
+    for operator in absent:
+        with (
+            grcsf_kernels.use_backend("cpu"),
+            pytest.raises(RuntimeError, match=f"{operator}: backend 'cpu' was asked for, but"),
+        ):
+            example(operator)()
+
+
+def test_a_backend_is_for_its_own_device():
+    assert "runs on cpu tensors, and these are on cuda" in dispatch.why_not(
+        "cpu", "residual_map", "cuda"
+    )
+
+
+def test_falling_back_is_said_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, *args: "it is switched off")
+    with pytest.warns(RuntimeWarning, match=r"gcu on cpu .* \(cpu: it is switched off\)") as said:
+        assert dispatch.select("gcu", "cpu") == "reference"
+        assert dispatch.select("gcu", "cpu") == "reference"
+        assert dispatch.select("rcu", "cpu") == "reference"
+    assert len(said) == 2
+
+
+def test_doctor_names_every_backend_and_operator(capsys):
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    for word in (*dispatch.BACKENDS, *dispatch.OPERATORS, torch.__version__, "instruction set"):
+        assert word in printed
+    for name, status in grcsf_kernels.backends().items():
+        if not status:
+            assert re.search(rf"{name} +not available: {re.escape(status.reason)}", printed)
+
+
+def run_python(code, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_importing_needs_neither_triton_nor_the_train_extra():
+    """Nothing heavy is imported behind the user's back."""
+    result = run_python(
+        "import sys, grcsf_kernels, grcsf_kernels.nn, grcsf_kernels.models\n"
+        "heavy = {'triton', 'monai', 'nibabel', 'typer', 'rich', 'matplotlib'}\n"
+        "loaded = heavy & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_works_without_the_native_module():
+    """A pure Python installation: imports, falls back with a reason, and doctor says it."""
+    result = run_python(
+        "import sys, warnings\n"
+        "sys.modules['grcsf_kernels._C'] = None\n"
+        "import torch, grcsf_kernels\n"
+        "from grcsf_kernels import doctor\n"
+        "assert not grcsf_kernels.backends()['cpu']\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    image = torch.ones(1, 1, 4, 4)\n"
+        "    found = grcsf_kernels.residual_map(image, torch.zeros(1, 1, 4, 4), patch_size=2)\n"
+        "assert torch.equal(found, image)\n"
+        "assert any('reference backend' in str(w.message) for w in said), said\n"
+        "print(doctor.report())"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "_C         missing: grcsf_kernels._C can't be imported" in result.stdout
