@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module grcsf_kernels._C: kernels that take DLPack capsules, and what the build knows of itself.
+// The module grcsf_kernels._C: kernels that take DLPack capsules, and what the build knows of
+// itself.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_C, module) {
              "Use the OpenMP runtime of a loaded library; whether it has one.");
   module.def("openmp_library", grcsf::openmp_library, "Path of the OpenMP runtime in use, or ''.");
   module.def("isa", [] { return grcsf::isa_name(grcsf::isa()); }, "Instruction set in use.");
-  module.def("cuda_info", cuda_info, "What the CUDA build sees of this machine; None without CUDA.");
+  module.def("cuda_info", cuda_info,
+             "What the CUDA build sees of this machine; None without CUDA.");
   grcsf::python::bind_residual_map(module);
 }

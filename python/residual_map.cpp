@@ -32,17 +32,16 @@ ResidualMapArguments arguments_of(const py::object& image, const py::object& pre
 }  // namespace
 
 void bind_residual_map(py::module_& module) {
-  module.def(
-      "residual_map_forward",
-      [](const py::object& image, const py::object& prediction, const py::object& hidden,
-         const std::array<std::int64_t, 3>& patch, bool normalized_target,
-         bool average_reconstructions, double eps, int threads, const py::object& residual) {
-        auto arguments = arguments_of(image, prediction, hidden, patch, normalized_target,
-                                      average_reconstructions, eps, threads);
-        arguments.residual = view_of(residual, "residual");
-        const py::gil_scoped_release release;
-        residual_map_forward(arguments);
-      });
+  module.def("residual_map_forward",
+             [](const py::object& image, const py::object& prediction, const py::object& hidden,
+                const std::array<std::int64_t, 3>& patch, bool normalized_target,
+                bool average_reconstructions, double eps, int threads, const py::object& residual) {
+               auto arguments = arguments_of(image, prediction, hidden, patch, normalized_target,
+                                             average_reconstructions, eps, threads);
+               arguments.residual = view_of(residual, "residual");
+               const py::gil_scoped_release release;
+               residual_map_forward(arguments);
+             });
   module.def(
       "residual_map_backward",
       [](const py::object& image, const py::object& prediction, const py::object& hidden,

@@ -98,8 +98,8 @@ void gather(const TensorView& view, const Geometry& g, std::int64_t b, std::int6
 }
 
 template <typename T>
-void scatter(const Compute<T>* __restrict in, const Geometry& g, std::int64_t b,
-             std::int64_t token, const TensorView& view) {
+void scatter(const Compute<T>* __restrict in, const Geometry& g, std::int64_t b, std::int64_t token,
+             const TensorView& view) {
   T* data = static_cast<T*>(view.data);
   const bool runs = rows_are_runs(view, g);
   for_each_row(view, g, b, token, [&](std::int64_t row, std::int64_t values) {
@@ -364,9 +364,7 @@ struct Backward {
 
 }  // namespace
 
-void residual_map_forward(const ResidualMapArguments& arguments) {
-  for_dtypes<Forward>(arguments);
-}
+void residual_map_forward(const ResidualMapArguments& arguments) { for_dtypes<Forward>(arguments); }
 
 void residual_map_backward(const ResidualMapArguments& arguments) {
   for_dtypes<Backward>(arguments);

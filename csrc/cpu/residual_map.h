@@ -27,10 +27,10 @@ struct ResidualMapArguments {
 void residual_map_forward(const ResidualMapArguments& arguments);
 void residual_map_backward(const ResidualMapArguments& arguments);
 
-#define GRCSF_DECLARE(isa)                                             \
-  namespace isa {                                                      \
-  void residual_map_forward(const ResidualMapArguments& arguments);    \
-  void residual_map_backward(const ResidualMapArguments& arguments);   \
+#define GRCSF_DECLARE(isa)                                           \
+  namespace isa {                                                    \
+  void residual_map_forward(const ResidualMapArguments& arguments);  \
+  void residual_map_backward(const ResidualMapArguments& arguments); \
   }
 GRCSF_DECLARE(portable)
 GRCSF_DECLARE(avx2)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target starts from nothing but Python, g++ and cmake: it makes the environment it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The version that is tested. Any torch >= 2.6 works: make test TORCH=torch
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/grcsf demo
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/pytest benchmarks --benchmark-columns=min,median,iqr,rounds
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+# torch comes first, so that no other package chooses its version.
+$(VENV)/.installed: $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[demo,test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info grcsf_kernels/_C.* grcsf_kernels/_build_info.json
