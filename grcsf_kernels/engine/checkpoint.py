@@ -84,7 +84,10 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
         ) from error
     if "grcsf" not in metadata:
         raise InputError(path, "was not written by grcsf", "expected a model file of grcsf")
-    description = json.loads(metadata["grcsf"])
+    try:
+        description = dict(json.loads(metadata["grcsf"]))
+    except (ValueError, TypeError) as error:
+        raise InputError(path, "has a damaged description", "copy it again") from error
     if description.get("kind") != kind:
         raise InputError(
             path,
@@ -94,6 +97,8 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
     try:
         model = _KINDS[kind](**description["config"])
         model.load_state_dict(weights)
+        data = from_dict(DataConfig, description["data"], str(path))
+        first, second, third = (int(size) for size in description["crop_size"])
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         problem = " ".join(str(error).split())[:160]
         raise InputError(
@@ -101,8 +106,7 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
             f"has weights or settings of another architecture ({problem})",
             f"use a file of grcsf-kernels {__version__}, or train again",
         ) from error
-    data = from_dict(DataConfig, description["data"], str(path))
-    return Checkpoint(model.eval(), data, tuple(description["crop_size"]))
+    return Checkpoint(model.eval(), data, (first, second, third))
 
 
 def save_state(path: Path, state: dict[str, Any]) -> Path:

@@ -64,6 +64,12 @@ def _command(function: Callable[..., engine.Report | None]) -> Callable[..., Non
         except engine.InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
+        except OSError as error:
+            # A full disk, a folder without permission, a file where a folder is meant.
+            where = error.filename or options.get("output")
+            problem = f"{where}: {error.strerror or error}; check the path, the disk's space"
+            typer.echo(f"error: {problem} and the permissions", err=True)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt:
             typer.echo("stopped: the last finished epoch is kept, the same call goes on", err=True)
             raise typer.Exit(130) from None

@@ -23,7 +23,7 @@ class DataConfig:
     """How volumes become tensors. Axes are those of the volume in RAS orientation."""
 
     spacing: tuple[float, float, float] | None = None  # mm; null keeps each image's own
-    intensity: str = "zscore"  # zscore: over voxels that are not 0; window: clip, then to [-1, 1]
+    intensity: str = "zscore"  # zscore: over voxels that are not 0; window: clip, then to [0, 1]
     window: tuple[float, float] = (-200.0, 800.0)  # Hounsfield units, for intensity: window
 
 
@@ -73,6 +73,7 @@ class OptimizationConfig:
     precision: str = "32-true"  # 32-true, bf16-mixed or 16-mixed
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 0
+    cache_gb: float = 8.0  # of cases kept in memory; the rest are read again when needed
 
 
 @dataclass
@@ -172,6 +173,41 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise InputError(where, f"is {value!r}", f"expected {hint.__name__}")
     return value
+
+
+_POSITIVE = (
+    *("epochs", "steps_per_epoch", "batch_size", "learning_rate", "clip_norm", "patch_size"),
+    *("crop_size", "spacing", "validation_every", "draws"),
+)
+_SHARES = ("foreground", "validation_fraction", "overlap", "threshold", "mask_ratios")
+
+
+def check(config: Any, where: str = "") -> None:
+    """Look over the numbers of a configuration.
+
+    Raises:
+        InputError: one is out of its range; the message names the setting.
+    """
+    for entry in dataclasses.fields(config):
+        name, value = f"{where}{entry.name}", getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            check(value, f"{name}.")
+            continue
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if value == () and entry.name != "rcu_levels":
+            raise InputError(name, "is an empty list", "expected at least one value")
+        if entry.name in _POSITIVE and any(number <= 0 for number in numbers):
+            raise InputError(name, f"is {value}", "expected above 0")
+        if entry.name in _SHARES and any(not 0 <= number <= 1 for number in numbers):
+            raise InputError(name, f"is {value}", "expected from 0 to 1")
+        if entry.name in ("overlap", "validation_fraction") and value >= 1:
+            raise InputError(name, f"is {value}", "expected below 1")
+        if entry.name in ("threshold", "mask_ratios") and any(n in (0, 1) for n in numbers):
+            raise InputError(name, f"is {value}", "expected between 0 and 1")
+        if entry.name in ("cache_gb", "weight_decay", "warmup_epochs") and value < 0:
+            raise InputError(name, f"is {value}", "expected 0 or more")
+        if entry.name == "window" and not value[0] < value[1]:
+            raise InputError(name, f"is {value}", "expected the lower bound first")
 
 
 def load_config(cls: type[Config], path: Path) -> Config:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,8 @@ def find_cases(folder: Path, report: Report, *, labels: bool) -> list[Case]:
     """
     folder = Path(folder)
     if folder.is_file():
+        if labels:
+            raise InputError(folder, "is a file", "expected a folder of images and labels")
         return [Case(stem(folder).removesuffix("_image"), folder)]
     if not folder.is_dir():
         raise InputError(folder, "does not exist", "check the path")
@@ -87,6 +89,25 @@ def find_cases(folder: Path, report: Report, *, labels: bool) -> list[Case]:
     return cases
 
 
+def find_labels(folder: Path, report: Report) -> list[Case]:
+    """The cases to measure: those of :func:`find_cases`, or of a folder that holds labels alone.
+
+    Without an image, a label is its own reference for shape and affine.
+
+    Raises:
+        InputError: the folder does not exist or holds no label.
+    """
+    folder = Path(folder)
+    files = [p for p in sorted(folder.iterdir()) if is_volume(p)] if folder.is_dir() else []
+    apart = (folder / "images").is_dir() or any(stem(p).endswith("_image") for p in files)
+    if apart or not files:
+        return find_cases(folder, report, labels=True)
+    found = [p for p in files if not stem(p).endswith(("_mask", "_residual", "_probability"))]
+    if not found:
+        raise InputError(folder, "holds no label", "expected <case>_label.nii.gz")
+    return [Case(stem(path).removesuffix("_label"), path, path) for path in found]
+
+
 class Preprocessing:
     """Volume to tensor and back: RAS orientation, spacing, intensities.
 
@@ -106,7 +127,8 @@ class Preprocessing:
         if config.intensity == "zscore":
             self._intensity: Transform = NormalizeIntensity(nonzero=True)
         elif config.intensity == "window":
-            self._intensity = ScaleIntensityRange(*config.window, -1.0, 1.0, clip=True)
+            # From 0: volumes are padded with 0, which has to be the least dense value.
+            self._intensity = ScaleIntensityRange(*config.window, 0.0, 1.0, clip=True)
         else:
             raise InputError(
                 "data.intensity", f"is {config.intensity!r}", "expected zscore or window"
@@ -140,7 +162,7 @@ class Sample:
 
     Attributes:
         case: which.
-        volume: the image as it is in its file.
+        volume: the image's file; its array is given up, to save memory.
         image: [1, *S] float32.
         label: [1, *S] float32 of 0 and 1, or None.
         residual: [K, *S] float32, or None.
@@ -191,6 +213,7 @@ def load_sample(
             raise InputError(path, "does not exist", "run grcsf residuals on the same data first")
         maps = preprocessing.place(read_residual(path, volume))
         sample.residual = maps.as_tensor()
+    volume.array = np.empty((0, 0, 0), np.float32)
     return sample
 
 
@@ -203,3 +226,45 @@ def check_size(sample: Sample, smallest: Sequence[int], what: str) -> None:
             f"has {space} voxels after preprocessing, fewer than {what} {tuple(smallest)}",
             "use a smaller patch or a finer data.spacing",
         )
+
+
+class Samples:
+    """Preprocessed cases. Those that fit are kept in memory, the rest are read again when needed.
+
+    Args:
+        load: reads a case; the same case must give the same sample.
+        limit: bytes of tensors that are kept.
+    """
+
+    def __init__(self, load: Callable[[Case], Sample], limit: float) -> None:
+        self._load, self._left = load, limit
+        self._cases: list[Case] = []
+        self._kept: dict[Case, Sample] = {}
+
+    def add(self, case: Case, sample: Sample) -> None:
+        """Take a case that was loaded."""
+        tensors = (sample.image, sample.label, sample.residual)
+        size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        self._cases.append(case)
+        if size <= self._left:
+            self._left -= size
+            self._kept[case] = sample
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def __getitem__(self, index: int) -> Sample:
+        case = self._cases[index]
+        return self._kept[case] if case in self._kept else self._load(case)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the cases, in order."""
+        return [case.name for case in self._cases]
+
+    def subset(self, indices: Sequence[int]) -> Samples:
+        """Some of the cases, with what is kept of them."""
+        part = Samples(self._load, 0)
+        part._cases = [self._cases[index] for index in indices]
+        part._kept = self._kept
+        return part

@@ -12,12 +12,12 @@ import nibabel as nib
 import numpy as np
 from rich.table import Table
 
-from grcsf_kernels.engine.data import Case, find_cases
+from grcsf_kernels.engine.data import Case, find_labels
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.metrics import measure
 from grcsf_kernels.engine.report import Report, for_each
-from grcsf_kernels.engine.volumes import read_label, read_volume
+from grcsf_kernels.engine.volumes import is_volume, read_label, read_volume, stem
 
 _COLUMNS = {
     "dice": "Dice",
@@ -36,7 +36,8 @@ def evaluate(
 
     Args:
         predictions: the folder of :func:`grcsf_kernels.engine.predict`.
-        labels: the folder with the labels; see :func:`grcsf_kernels.engine.data.find_cases`.
+        labels: the folder with the labels, with or without their images; see
+            :func:`grcsf_kernels.engine.data.find_labels`.
         output: gets ``evaluation.json``; None: the folder of the predictions.
         report: takes the cases that can't be measured; None: only printed.
 
@@ -56,17 +57,23 @@ def evaluate(
         path = Path(predictions) / f"{case.name}_mask.nii.gz"
         if not path.is_file():
             raise InputError(path, "does not exist", "run grcsf predict on all images")
-        image = read_volume(case.image)
-        label = read_label(case.label, image)
-        mask = read_label(path, image)
-        spacing = nib.affines.voxel_sizes(image.affine)
+        reference = read_volume(case.image)
+        label = read_label(case.label, reference)
+        mask = read_label(path, reference)
+        spacing = nib.affines.voxel_sizes(reference.affine)
         measures = measure(mask.array > 0, label.array > 0, spacing)
         cases[case.name] = {
             name: None if math.isnan(value) else value for name, value in measures.items()
         }
         return path
 
-    for_each(find_cases(labels, report, labels=True), work, report, "measuring")
+    known = find_labels(labels, report)
+    names = {case.name for case in known}
+    names |= {stem(path).rsplit("_", 1)[0] for path, _ in report.failed}  # reported already
+    for path in sorted(Path(predictions).glob("*_mask.nii*")):
+        if is_volume(path) and stem(path).removesuffix("_mask") not in names:
+            report.skip(path, f"{path}: has no label; add it or remove the mask")
+    for_each(known, work, report, "measuring")
     if not cases:
         raise InputError(predictions, "no case can be measured", "see the reasons above")
     result = {"cases": cases, "mean": _mean(list(cases.values()))}

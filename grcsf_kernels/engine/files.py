@@ -8,6 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     """Write ``path`` through a temporary file in the same folder that is renamed at the end.
 
@@ -25,6 +31,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         write(temporary)
+        # Some writers make files that only their owner may read.
+        os.chmod(temporary, 0o666 & ~_umask())
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

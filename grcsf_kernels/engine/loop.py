@@ -43,6 +43,8 @@ def make_fabric(device: str, precision: str = "32-true") -> Fabric:
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and precision == "16-mixed":
+        raise InputError("precision", "is 16-mixed on the CPU", "use bf16-mixed or 32-true there")
     return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
 
 
@@ -98,6 +100,7 @@ def fit(
     if state is not None:
         model.load_state_dict(state["model"])
         wrapped_optimizer.load_state_dict(state["optimizer"])
+        fabric.strategy.precision.load_state_dict(state["precision"])
         first, best = state["epoch"] + 1, state["best"]
         if 0 < first < config.epochs:
             console.print(f"{title}: going on after epoch {first} of {config.epochs}")
@@ -123,6 +126,8 @@ def fit(
                 {
                     "model": model.state_dict(),
                     "optimizer": wrapped_optimizer.state_dict(),
+                    # The loss scale of 16-mixed; empty for the others.
+                    "precision": fabric.strategy.precision.state_dict(),
                     "epoch": epoch,
                     "best": best,
                     "identity": identity,

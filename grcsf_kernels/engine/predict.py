@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from grcsf_kernels.engine.checkpoint import load_checkpoint
-from grcsf_kernels.engine.config import PredictConfig
+from grcsf_kernels.engine.config import PredictConfig, check
 from grcsf_kernels.engine.data import Case, Preprocessing, check_size, find_cases, load_sample
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import make_fabric
@@ -50,8 +50,7 @@ def predict(
         InputError: no image, or model files that can't be used.
     """
     report = Report() if report is None else report
-    if not 0 < config.threshold < 1:
-        raise InputError("threshold", f"is {config.threshold}", "expected between 0 and 1")
+    check(config)
     loaded = load_checkpoint(checkpoint, "GRCSF")
     model = loaded.model
     assert isinstance(model, GRCSF)

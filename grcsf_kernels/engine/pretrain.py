@@ -13,8 +13,16 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from grcsf_kernels.engine.checkpoint import save_checkpoint
-from grcsf_kernels.engine.config import PretrainConfig, save_config, to_dict
-from grcsf_kernels.engine.data import Preprocessing, Sample, check_size, find_cases, load_sample
+from grcsf_kernels.engine.config import PretrainConfig, check, save_config, to_dict
+from grcsf_kernels.engine.data import (
+    Case,
+    Preprocessing,
+    Sample,
+    Samples,
+    check_size,
+    find_cases,
+    load_sample,
+)
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import fit, seed_of
 from grcsf_kernels.engine.report import Report, console
@@ -46,6 +54,7 @@ def pretrain(
         InputError: no image can be used, or a setting that does not fit.
     """
     report = Report() if report is None else report
+    check(config)
     model_config = config.model
     if any(c % p for c, p in zip(config.crop_size, model_config.patch_size, strict=True)):
         raise InputError(
@@ -53,6 +62,8 @@ def pretrain(
             f"is {config.crop_size}",
             f"expected a multiple of model.patch_size {model_config.patch_size}",
         )
+    if config.crop_size == model_config.patch_size:
+        raise InputError("crop_size", "is a single patch", "expected at least two patches")
     samples = _load(data, config, report)
     save_config(config, Path(output) / "pretrain.yaml")
     paths = []
@@ -85,7 +96,7 @@ def pretrain(
             step,
             optimization,
             state_path=path.with_suffix(".state"),
-            identity=json.dumps([to_dict(config), ratio, [s.case.name for s in samples]]),
+            identity=json.dumps([to_dict(config), ratio, samples.names]),
             title=f"autoencoder {ratio:.0%}",
             epoch_done=epoch_done,
         )
@@ -112,18 +123,23 @@ def _build(config: PretrainConfig, ratio: float) -> MaskedAutoencoder:
         raise InputError("model", str(error), "correct the setting") from error
 
 
-def _load(data: Path, config: PretrainConfig, report: Report) -> list[Sample]:
+def _load(data: Path, config: PretrainConfig, report: Report) -> Samples:
     preprocessing = Preprocessing(config.data)
-    samples = []
+
+    def load(case: Case) -> Sample:
+        sample = load_sample(case, preprocessing)
+        check_size(sample, config.model.patch_size, "the autoencoder's patch")
+        return sample
+
+    samples = Samples(load, config.optimization.cache_gb * 1e9)
     cases = find_cases(data, report, labels=False)
     for case in track(cases, "reading", console=console):
         try:
-            sample = load_sample(case, preprocessing)
-            check_size(sample, config.model.patch_size, "the autoencoder's patch")
+            sample = load(case)
         except InputError as error:
             report.skip(case.image, str(error))
         else:
-            samples.append(sample)
+            samples.add(case, sample)
     if not samples:
         raise InputError(data, "no image can be used", "see the reasons above")
     return samples
@@ -133,7 +149,7 @@ class Crops:
     """Batches of random crops: a function of (epoch, step) and the seed."""
 
     def __init__(
-        self, samples: list[Sample], crop_size: tuple[int, int, int], batch: int, seed: int
+        self, samples: Samples, crop_size: tuple[int, int, int], batch: int, seed: int
     ) -> None:
         self._samples, self._batch, self._seed = samples, batch, seed
         keys = ["image"]
@@ -151,4 +167,4 @@ class Crops:
             self._transform({"image": self._samples[i].image.as_tensor()})["image"] for i in picks
         ]
         stacked = torch.stack([torch.as_tensor(image).as_subclass(Tensor) for image in images])
-        return stacked, ", ".join(self._samples[i].case.name for i in picks)
+        return stacked, ", ".join(self._samples.names[i] for i in picks)

@@ -33,7 +33,10 @@ class Report:
     def skip(self, path: Path, reason: str) -> None:
         """Note an input that can't be used, and say so."""
         self.failed.append((path, reason))
-        console.print(f"skipped: {reason}", style="yellow", highlight=False, soft_wrap=True)
+        # No markup: a path may hold brackets.
+        console.print(
+            f"skipped: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def for_each(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from grcsf_kernels.engine.checkpoint import Checkpoint, load_checkpoint
-from grcsf_kernels.engine.config import ResidualsConfig
+from grcsf_kernels.engine.config import ResidualsConfig, check
 from grcsf_kernels.engine.data import Case, Preprocessing, check_size, find_cases, load_sample
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import make_fabric, seed_of
@@ -22,6 +23,7 @@ from grcsf_kernels.engine.report import Report, for_each
 from grcsf_kernels.engine.volumes import write_volume
 from grcsf_kernels.models import MaskedAutoencoder
 from grcsf_kernels.nn import ResidualMaps
+from grcsf_kernels.nn.masking import masks_per_round
 from grcsf_kernels.nn.residual_maps import rescale
 
 
@@ -42,13 +44,16 @@ class VolumeMaps:
     def __init__(self, paths: Sequence[Path], config: ResidualsConfig) -> None:
         if not paths:
             raise InputError("autoencoders", "none were given", "name the files of grcsf pretrain")
-        checkpoints = [load_checkpoint(path, "MaskedAutoencoder") for path in paths]
+        loaded = [(load_checkpoint(path, "MaskedAutoencoder"), path) for path in paths]
+        # By mask ratio, whatever the order of the arguments: a network knows its maps by place.
+        loaded.sort(key=lambda pair: _autoencoder(pair[0]).mask_ratio)
+        checkpoints = [checkpoint for checkpoint, _ in loaded]
         first = checkpoints[0]
-        for path, checkpoint in zip(paths, checkpoints, strict=True):
+        for checkpoint, path in loaded:
             if (checkpoint.data, checkpoint.crop_size) != (first.data, first.crop_size):
                 raise InputError(
                     path,
-                    f"was trained with other preprocessing or crops than {paths[0]}",
+                    f"was trained with other preprocessing or crops than {loaded[0][1]}",
                     "use autoencoders of one grcsf pretrain",
                 )
         self.data = first.data
@@ -61,10 +66,19 @@ class VolumeMaps:
                 config.draws,
                 config.masking,
             )
+            self._check_masks()
         except ValueError as error:
             raise InputError("residuals", str(error), "correct the setting") from error
         self._device = make_fabric(config.device).device
         self._maps.to(self._device)
+
+    def _check_masks(self) -> None:
+        """ValueError where a crop has too few patches for the masks."""
+        patches = math.prod(c // p for c, p in zip(self._crop, self.patch, strict=True))
+        if self._config.masking == "complementary":
+            need = max(masks_per_round(ratio) for ratio in self._maps.mask_ratios)
+            if patches < need:
+                raise ValueError(f"a crop has {patches} patches, and the masks need {need}")
 
     def __call__(self, image: MetaTensor, name: str) -> Tensor:
         """Maps [K, *S] in [0, 1] of a preprocessed image [1, *S]; masks follow from the name."""
@@ -112,6 +126,7 @@ def cache_residuals(
         InputError: no image, or autoencoders that can't be used.
     """
     report = Report() if report is None else report
+    check(config)
     maps = VolumeMaps(autoencoders, config)
     preprocessing = Preprocessing(maps.data)
 

@@ -22,8 +22,15 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from grcsf_kernels.engine.checkpoint import save_checkpoint
-from grcsf_kernels.engine.config import TrainConfig, save_config, to_dict
-from grcsf_kernels.engine.data import Preprocessing, Sample, find_cases, load_sample
+from grcsf_kernels.engine.config import TrainConfig, check, save_config, to_dict
+from grcsf_kernels.engine.data import (
+    Case,
+    Preprocessing,
+    Sample,
+    Samples,
+    find_cases,
+    load_sample,
+)
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import fit, seed_of
 from grcsf_kernels.engine.metrics import dice
@@ -58,13 +65,15 @@ def train(
         InputError: no case can be used, or a setting that does not fit.
     """
     report = Report() if report is None else report
+    check(config)
     if config.model.use_rcu and residuals is None:
         raise InputError(
             "residuals", "missing", "run grcsf residuals first, or set model.use_rcu to false"
         )
     samples = _load(data, config, residuals if config.model.use_rcu else None, report)
     training, validation = _split(samples, config)
-    maps = 0 if samples[0].residual is None else samples[0].residual.shape[0]
+    residual = samples[0].residual
+    maps = 0 if residual is None else residual.shape[0]
     seed = config.optimization.seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -100,7 +109,7 @@ def train(
         step,
         config.optimization,
         state_path=path.with_suffix(".state"),
-        identity=json.dumps([to_dict(config), [sample.case.name for sample in samples]]),
+        identity=json.dumps([to_dict(config), samples.names]),
         title="GRCSF" if config.model.use_gcu or config.model.use_rcu else "backbone",
         epoch_done=epoch_done,
         log=log,
@@ -132,49 +141,51 @@ def build(config: TrainConfig, num_maps: int) -> GRCSF:
         raise InputError("model", str(error), "correct the setting") from error
 
 
-def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Report) -> list[Sample]:
+def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Report) -> Samples:
     preprocessing = Preprocessing(config.data)
-    samples: list[Sample] = []
+
+    def load(case: Case) -> Sample:
+        return load_sample(case, preprocessing, labels=True, residuals=residuals)
+
+    samples = Samples(load, config.optimization.cache_gb * 1e9)
+    expected: int | None = None
     cases = find_cases(data, report, labels=True)
     for case in track(cases, "reading", console=console):
         try:
-            sample = load_sample(case, preprocessing, labels=True, residuals=residuals)
+            sample = load(case)
         except InputError as error:
             report.skip(case.image, str(error))
             continue
-        if sample.residual is not None and samples:
-            expected = samples[0].residual
-            assert expected is not None
-            if sample.residual.shape[0] != expected.shape[0]:
+        if sample.residual is not None:
+            found = sample.residual.shape[0]
+            expected = found if expected is None else expected
+            if found != expected:
                 report.skip(
                     case.image,
-                    f"{case.image}: has {sample.residual.shape[0]} residual maps and the others "
-                    f"{expected.shape[0]}; run grcsf residuals on all cases again",
+                    f"{case.image}: has {found} residual maps and the others {expected}; "
+                    "run grcsf residuals on all cases again",
                 )
                 continue
-        samples.append(sample)
+        samples.add(case, sample)
     if not samples:
         raise InputError(data, "no case can be used", "see the reasons above")
     return samples
 
 
-def _split(samples: list[Sample], config: TrainConfig) -> tuple[list[Sample], list[Sample]]:
+def _split(samples: Samples, config: TrainConfig) -> tuple[Samples, Samples]:
     """Training and validation cases: a shuffle that follows from the seed."""
-    if not 0 <= config.validation_fraction < 1:
-        raise InputError(
-            "validation_fraction", f"is {config.validation_fraction}", "expected 0 up to below 1"
-        )
     held = int(len(samples) * config.validation_fraction)
     generator = torch.Generator().manual_seed(seed_of(config.optimization.seed, 1))
     order = torch.randperm(len(samples), generator=generator).tolist()
-    return [samples[i] for i in order[held:]], [samples[i] for i in order[:held]]
+    return samples.subset(order[held:]), samples.subset(order[:held])
 
 
 @torch.no_grad()
-def _validate(network: nn.Module, samples: list[Sample], config: TrainConfig) -> float:
+def _validate(network: nn.Module, samples: Samples, config: TrainConfig) -> float:
     device = next(network.parameters()).device
     scores = []
-    for sample in samples:
+    for index in range(len(samples)):
+        sample = samples[index]
         logits = predict_logits(network, sample.image, sample.residual, config.crop_size, device)
         assert sample.label is not None
         scores.append(dice((logits[0] > 0).numpy(), sample.label[0].numpy() > 0))
@@ -229,7 +240,7 @@ class LesionCrops:
     Image, label and residual maps go through the same spatial transforms.
     """
 
-    def __init__(self, samples: list[Sample], config: TrainConfig, seed: int) -> None:
+    def __init__(self, samples: Samples, config: TrainConfig, seed: int) -> None:
         self._samples, self._batch, self._seed = samples, config.optimization.batch_size, seed
         keys = ["image", "label"] + ([] if samples[0].residual is None else ["residual"])
         self._keys = keys
@@ -265,4 +276,4 @@ class LesionCrops:
             crops.append(
                 torch.cat([torch.as_tensor(crop[key]).as_subclass(Tensor) for key in self._keys])
             )
-        return torch.stack(crops), ", ".join(self._samples[i].case.name for i in picks)
+        return torch.stack(crops), ", ".join(self._samples.names[i] for i in picks)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +49,23 @@ def is_volume(path: Path) -> bool:
     return path.name.endswith(SUFFIXES) and not path.name.startswith(".") and path.is_file()
 
 
+def _check_stream(path: Path) -> None:
+    """Read a compressed file to its end, where its checksum is: nibabel stops before it."""
+    if path.name.endswith(".gz"):
+        with gzip.open(path) as stream:
+            while stream.read(1 << 22):
+                pass
+
+
 def _read(path: Path, axes: int) -> Volume:
     if not Path(path).is_file():
         raise InputError(path, "does not exist", "check the path")
     try:
+        _check_stream(Path(path))
         image: Any = nib.load(path)
+        kind = image.get_data_dtype()
+        if kind.kind not in "iufb":
+            raise InputError(path, f"holds values of type {kind}", "expected one number a voxel")
         array = np.asarray(image.dataobj, dtype=np.float32)
     except (ImageFileError, EOFError, OSError, zlib.error, ValueError, TypeError) as error:
         problem = " ".join(str(error).split()) or type(error).__name__
@@ -71,10 +84,15 @@ def _read(path: Path, axes: int) -> Volume:
         )
     if 0 in array.shape:
         raise InputError(path, f"is empty, shape {array.shape}", "export it again")
+    affine = np.asarray(image.affine)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise InputError(
+            path, "has an affine that is singular or not finite", "export it again with a geometry"
+        )
     bad = int(np.size(array) - np.isfinite(array).sum())
     if bad:
         raise InputError(path, f"has {bad} voxels that are NaN or Inf", "replace them, say by 0")
-    return Volume(array, np.asarray(image.affine), image.header, Path(path))
+    return Volume(array, affine, image.header, Path(path))
 
 
 def read_volume(path: Path) -> Volume:
