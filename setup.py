@@ -97,8 +97,9 @@ def run(command: list[str]) -> str:
     print(result.stdout, flush=True)
     if result.returncode:
         lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-        telling = [line for line in lines if re.search(r"error|not found|No CMAKE", line, re.I)]
-        raise BuildFailed(" | ".join((telling or lines)[:3]))
+        cause = r"could not find|could be found|error:|not able to compile|no such file"
+        telling = [line for line in lines if re.search(cause, line, re.I)]
+        raise BuildFailed(" | ".join((telling or lines[-3:])[:3]))
     return result.stdout
 
 

@@ -244,7 +244,7 @@ _WEIGHT_SCHEMA = ", ".join(f"Tensor {name}" for name in WEIGHTS)
 
 registration.define(
     "rcu",
-    f"(Tensor x, Tensor residual, {_WEIGHT_SCHEMA}, *, int[]? patch_size) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor residual, {_WEIGHT_SCHEMA}, *, int[1]? patch_size) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )

@@ -246,7 +246,7 @@ def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
 
 registration.define(
     "residual_map",
-    "(Tensor image, Tensor prediction, Tensor? hidden=None, *, int[] patch_size, "
+    "(Tensor image, Tensor prediction, Tensor? hidden=None, *, int[1] patch_size, "
     'bool normalized_target=False, str average="residuals", float eps=1e-6) -> Tensor',
     _forward,
     _forward_fake,

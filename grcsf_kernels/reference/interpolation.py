@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +14,21 @@ _MODES = {4: "bilinear", 5: "trilinear"}
 
 
 def upsample(deep: Tensor, size: Sequence[int]) -> Tensor:
-    """``deep`` [B, C, *S'] interpolated linearly to [B, C, *size], ``align_corners=False``."""
-    return F.interpolate(deep, size=tuple(size), mode=_MODES[deep.ndim], align_corners=False)
+    """``deep`` [B, C, *S'] interpolated linearly to [B, C, *size], ``align_corners=False``.
+
+    For float32 data PyTorch takes the positions in float32. They are exact where the sizes differ
+    by a power of two; elsewhere they are off by up to 1e-5 voxels, which shows in single voxels,
+    so the interpolation is taken in float64 there.
+    """
+    ratios = (own / wanted for own, wanted in zip(deep.shape[2:], size, strict=True))
+    exact = all(math.frexp(ratio)[0] == 0.5 for ratio in ratios)
+    up = F.interpolate(
+        deep if exact else deep.double(),
+        size=tuple(size),
+        mode=_MODES[deep.ndim],
+        align_corners=False,
+    )
+    return up.to(deep.dtype)
 
 
 def upsample_adjoint(grad: Tensor, size: Sequence[int]) -> Tensor:

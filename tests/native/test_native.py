@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import assert_close, example
@@ -146,6 +147,23 @@ def test_averages_round_like_torch():
             found = grcsf_kernels.residual_map(image, prediction, patch_size=4)
         expected = ((low.float() + high.float()) / 2).to(dtype).view(8, 4)
         assert torch.equal(found[0, 0], expected)
+
+
+def test_more_than_2_to_the_31_elements():
+    """The last of 130 draws lies beyond 2^31 elements; the pages before it are never touched."""
+    draws, patches = 130, 4096
+    space = np.zeros((draws, 1, patches, 4096), dtype=np.float16)  # virtual memory only
+    prediction = torch.from_numpy(space)
+    assert prediction.numel() > 2**31
+    prediction[-1, 0, -1] = torch.randn(4096).half()
+    hidden = torch.zeros(draws, 1, patches, dtype=torch.bool)
+    hidden[-1] = True
+    image = torch.ones(1, 1, 4096, 4096)
+    with grcsf_kernels.use_backend("cpu"):
+        residual = grcsf_kernels.residual_map(image, prediction, hidden, patch_size=64)
+    expected = (1 - prediction[-1, 0, -1].float()).abs().view(64, 64)
+    assert torch.equal(residual[0, 0, -64:, -64:], expected)
+    assert (residual[0, 0, :-64] == 1).all()
 
 
 def test_wrong_capsules_are_refused():

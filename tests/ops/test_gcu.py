@@ -110,6 +110,18 @@ def test_sizes_of_a_network(backend, device, dtype):
 
 
 @on_every_backend
+@pytest.mark.parametrize("spaces", [((70, 9, 65), (23, 4, 33)), ((301, 97), (100, 48))])
+def test_positions_are_exact_at_large_odd_sizes(backend, device, spaces):
+    """Interpolation positions rounded to float32 would show in the worst voxel."""
+    arguments = make(*spaces, 8, 1, torch.float32, device)
+    expected = textbook(*arguments)
+    with use_backend(backend):
+        found = gcu(*arguments)
+    for one, two in zip(expected, found, strict=True):
+        assert (two - one).abs().max() / one.abs().max() < 2e-6
+
+
+@on_every_backend
 @pytest.mark.parametrize("compensation", ["dissimilarity", "similarity"])
 @pytest.mark.parametrize("spaces", [((3, 4, 2), (2, 5, 1)), ((5, 3), (2, 4))])
 def test_gradcheck(backend, device, compensation, spaces):
