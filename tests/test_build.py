@@ -37,7 +37,7 @@ def test_without_a_compiler_it_installs_as_pure_python(tmp_path):
     assert result.returncode == 0, result.stdout
     assert not list((tmp_path / "lib").rglob("_C*"))
     reason = info(tmp_path)["native"]
-    assert reason.startswith("the native build failed") and "/nowhere/g++" in reason
+    assert reason.startswith("the native build failed") and "compiler" in reason
 
 
 def test_without_a_compiler_it_fails_where_native_kernels_are_demanded(tmp_path):
