@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +38,18 @@ def runs_on(operator: str) -> list[tuple[str, str]]:
     ]
 
 
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a fresh interpreter that imports the installed package, not the checkout."""
+    installed = "import sys\nsys.path = [path for path in sys.path if path]\n"
+    return subprocess.run(
+        [sys.executable, "-c", installed + code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
 ALL_RUNS = [(op, *run) for op in OPERATORS for run in runs_on(op)]
 
 
@@ -53,7 +68,7 @@ def assert_close(
         return
     assert error.norm() / scale <= bound, f"{what}: {error.norm() / scale:.2e} > {bound}"
     worst = error.abs().amax() / largest
-    assert worst <= 5 * bound, f"{what}: worst element {worst:.2e} > {5 * bound}"
+    assert worst <= bound, f"{what}: worst element {worst:.2e} > {bound}"
 
 
 def channels_last(tensor: Tensor) -> Tensor:

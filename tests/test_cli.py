@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import nibabel as nib
 import pytest
 from engine.conftest import blob, pretrain_config, train_config, write
+from support import run_python
 from typer.testing import CliRunner
 
 from grcsf_kernels import engine
@@ -119,17 +116,8 @@ def test_doctor_needs_no_extra():
         "main()\n"
     )
 
-    def run(command):
-        return subprocess.run(
-            [sys.executable, "-c", code, command],
-            capture_output=True,
-            text=True,
-            env=os.environ,
-            check=False,
-        )
-
-    doctor = run("doctor")
+    doctor = run_python(code, "doctor")
     assert doctor.returncode == 0 and "Backends" in doctor.stdout, doctor.stderr
-    train = run("train")
+    train = run_python(code, "train")
     assert train.returncode == 1
     assert 'pip install "grcsf-kernels[train]"' in train.stderr and "Traceback" not in train.stderr

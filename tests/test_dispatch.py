@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from support import example
+from support import example, run_python
 
 import grcsf_kernels
 from grcsf_kernels import dispatch, doctor
@@ -122,18 +120,6 @@ def test_doctor_names_every_backend_and_operator(capsys):
     for name, status in grcsf_kernels.backends().items():
         if not status:
             assert re.search(rf"{name} +not available: {re.escape(status.reason)}", printed)
-
-
-def run_python(code, **environment):
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
 
 
 def test_importing_needs_neither_triton_nor_the_train_extra():

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,20 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import assert_close, example
+from support import DTYPES, assert_close, example, run_python
 
 import grcsf_kernels
 from grcsf_kernels import native
-
-
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
 
 
 def test_the_module_knows_nothing_of_torch():
@@ -102,8 +91,6 @@ def test_every_instruction_set(isa, tmp_path):
         GRCSF_CPU_ISA=isa,
     )
     assert result.returncode == 0, result.stderr
-    from support import DTYPES
-
     for dtype, found in zip(DTYPES, torch.load(path), strict=True):
         call = example("residual_map", dtype=dtype).requires_grad()
         with grcsf_kernels.use_backend("reference"):
