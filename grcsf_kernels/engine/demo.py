@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -39,8 +40,8 @@ from grcsf_kernels.engine.train import build
 
 NETWORKS = {
     "grcsf": "GRCSF",
-    "backbone": "plain backbone",
-    "untrained": "GRCSF, untrained",
+    "backbone": "the plain backbone",
+    "untrained": "an untrained GRCSF",
 }
 CAVEAT = (
     "The lesions are synthetic: random dark blobs drawn into a deformed T1 template. The numbers "
@@ -56,10 +57,10 @@ class Budget:
     """How much the demo does; the defaults take about four minutes on two CPU cores."""
 
     healthy: int = 8  # subjects for pretraining
-    training: int = 12  # subjects with lesions
+    training: int = 16  # subjects with lesions
     held_out: int = 4
-    pretraining_steps: int = 100  # for each of the two autoencoders
-    training_steps: int = 160  # for each of the two networks
+    pretraining_steps: int = 80  # for each of the two autoencoders
+    training_steps: int = 200  # for each of the two networks
 
 
 @dataclass
@@ -105,10 +106,14 @@ def run_demo(
     _clear(output)
     out = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    served = {operator: select(operator, device) for operator in OPERATORS}
+    with warnings.catch_warnings():
+        # A fall-back to the reference is said in the next line, and better.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        served = {operator: select(operator, device) for operator in OPERATORS}
     out.print(
         f"GRCSF demo on [bold]{device}[/bold], {torch.get_num_threads()} threads; operators run on "
-        + ", ".join(f"{operator}: [bold]{backend}[/bold]" for operator, backend in served.items())
+        + ", ".join(f"{operator}: [bold]{backend}[/bold]" for operator, backend in served.items()),
+        soft_wrap=True,
     )
     stages: list[Stage] = []
 
@@ -135,14 +140,15 @@ def run_demo(
 
     networks: dict[str, Any] = {}
     for name, model in models.items():
-        with _stage(stages, f"segment and measure, {NETWORKS[name]}"):
+        with _stage(stages, f"segment with {NETWORKS[name]}"):
             masks = output / "predictions" / name
-            settings = engine.PredictConfig(overlap=0.25)
-            _all_done(engine.predict(held_out, model, masks, settings, residuals=maps[held_out]))
+            prediction = engine.PredictConfig(overlap=0.25)
+            _all_done(engine.predict(held_out, model, masks, prediction, residuals=maps[held_out]))
             networks[name] = engine.evaluate(masks, held_out)
         weights = load_checkpoint(model, "GRCSF").model.parameters()
         networks[name]["parameters"] = sum(weight.numel() for weight in weights)
 
+    caveat = CAVEAT.format(count=budget.held_out, steps=budget.training_steps)
     result = {
         "networks": networks,
         "stages": [asdict(stage) for stage in stages],
@@ -150,14 +156,14 @@ def run_demo(
         "budget": asdict(budget),
         "spacing": spacing,
         "seed": seed,
-        "caveat": CAVEAT.format(count=budget.held_out, steps=budget.training_steps),
+        "caveat": caveat,
     }
-    _draw(output, held_out, networks["grcsf"]["cases"], result["caveat"])
+    _draw(output, held_out, networks["grcsf"]["cases"], caveat)
     text = json.dumps(result, indent=1)
     write_whole(output / "demo.json", lambda temporary: temporary.write_text(text))
     for table in (_result_table(networks), _stage_table(stages)):
         out.print(table)
-    out.print(result["caveat"], style="bold")
+    out.print(caveat, style="bold")
     out.print(f"Picture: {output / 'demo.png'}; volumes, models and numbers are beside it.")
     return result
 
@@ -180,8 +186,8 @@ def _clear(output: Path) -> None:
 def _make_subjects(output: Path, budget: Budget, spacing: float, seed: int) -> None:
     sets = {
         "healthy": (budget.healthy, (0, 0)),
-        "training": (budget.training, (1, 3)),
-        "held_out": (budget.held_out, (1, 3)),
+        "training": (budget.training, (2, 5)),
+        "held_out": (budget.held_out, (2, 5)),
     }
     with Progress(console=progress_console) as progress:
         bar = progress.add_task("subjects", total=sum(count for count, _ in sets.values()))
@@ -203,14 +209,15 @@ def _settings(
     image: Any = nib.load(sorted(training.glob("*_image.nii.gz"))[0])
 
     def crop(most: int) -> tuple[int, int, int]:
-        x, y, z = (max(8, min(most, size // 8 * 8)) for size in image.shape)
+        x, y, z = (min(most, -(-size // 8) * 8) for size in image.shape)
         return x, y, z
 
-    def optimization(steps: int, rate: float) -> engine.OptimizationConfig:
+    def optimization(steps: int, batch: int, rate: float) -> engine.OptimizationConfig:
         epochs = min(4, steps)
         return engine.OptimizationConfig(
             epochs=epochs,
             steps_per_epoch=steps // epochs,
+            batch_size=batch,
             learning_rate=rate,
             warmup_epochs=0.5,
             seed=seed,
@@ -228,15 +235,15 @@ def _settings(
             # Intensities as they are: a lesion that fills a patch shows only against them.
             normalized_target=False,
         ),
-        optimization=replace(optimization(budget.pretraining_steps, 1e-3), batch_size=1),
-        crop_size=crop(96),
+        optimization=optimization(budget.pretraining_steps, 1, 1e-3),
+        crop_size=crop(128),  # at 2 mm the whole head: the autoencoder knows where it is
     )
     segmentation = engine.TrainConfig(
         model=engine.ModelConfig(
             channels=(8, 16, 32, 64), rcu_levels=(2,), patch_size=(4, 4, 4), reduction=4
         ),
-        optimization=optimization(budget.training_steps, 3e-3),
-        crop_size=crop(40),
+        optimization=optimization(budget.training_steps, 4, 1e-2),
+        crop_size=crop(32),
         validation_fraction=0.0,
     )
     return pretraining, segmentation
@@ -318,10 +325,10 @@ def _draw(output: Path, held_out: Path, measures: dict[str, Any], caveat: str) -
         maps, _ = read(output / "residuals" / held_out.name / f"{name}_residual.nii.gz")
         truth, _ = read(held_out / f"{name}_label.nii.gz")
         prediction, _ = read(output / "predictions" / "grcsf" / f"{name}_mask.nii.gz")
-        zooms = tuple(float(zoom) for zoom in file.header.get_zooms()[:3])
+        x, y, z = (float(zoom) for zoom in file.header.get_zooms()[:3])
         scores = (f"Dice {measured['dice']:.2f}", f"lesion F1 {measured['lesion_f1']:.2f}")
         rows.append(
-            FigureCase(name, image, np.moveaxis(maps, -1, 0), truth, prediction, zooms, scores)
+            FigureCase(name, image, np.moveaxis(maps, -1, 0), truth, prediction, (x, y, z), scores)
         )
     rows.sort(key=lambda row: -int(row.truth.sum()))
     first, second, rest = caveat.partition("; ")

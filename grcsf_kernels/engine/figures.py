@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +115,7 @@ def _draw_row(axes: NDArray[np.object_], case: FigureCase) -> None:
     low, high = (head.min(0), head.max(0) + 1) if len(head) else ((0, 0), case.image.shape[:2])
     window = (slice(low[0], high[0]), slice(low[1], high[1]), index)
 
-    def view(volume: NDArray[np.generic]) -> NDArray[np.generic]:
+    def view(volume: NDArray[Any]) -> NDArray[Any]:
         return volume[window].T  # x to the right, y upwards, with origin="lower"
 
     image = view(case.image)

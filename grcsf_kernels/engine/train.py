@@ -16,6 +16,7 @@ from monai.transforms import (
     RandFlipd,
     RandScaleIntensityd,
     RandShiftIntensityd,
+    RandSpatialCropd,
     SpatialPadd,
 )
 from rich.progress import track
@@ -80,7 +81,8 @@ def train(
         model = build(config, max(maps, 1))
     save_config(config, Path(output) / "train.yaml")
     crops = LesionCrops(training, config, seed)
-    criterion = DiceFocalLoss(sigmoid=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    # Dice over the batch as a whole: a crop without a lesion has none of its own.
+    criterion = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
     path = Path(output) / "model.safetensors"
     log = _logger(Path(output))
 
@@ -248,14 +250,18 @@ class LesionCrops:
         self._transform = Compose(
             [
                 SpatialPadd(keys, config.crop_size),
+                # Around the voxel first, then the crop anywhere in there: were the lesion always at
+                # the center, a network would learn the place and not the lesion.
                 RandCropByPosNegLabeld(
                     keys,
                     label_key="label",
-                    spatial_size=config.crop_size,
+                    spatial_size=[size * 3 // 2 for size in config.crop_size],
                     pos=config.foreground,
                     neg=1 - config.foreground,
                     num_samples=1,
+                    allow_smaller=True,
                 ),
+                RandSpatialCropd(keys, config.crop_size, random_size=False),
                 *flips,
                 RandScaleIntensityd(["image"], factors=0.1, prob=0.5),
                 RandShiftIntensityd(["image"], offsets=0.1, prob=0.5),
