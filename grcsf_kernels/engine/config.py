@@ -84,6 +84,7 @@ class PretrainConfig:
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     crop_size: Triple = (96, 96, 96)  # voxels, a multiple of the patch size
+    mirror_axes: tuple[int, ...] = (0, 1, 2)  # mirrored at random; 0: left and right only
 
 
 @dataclass
@@ -105,6 +106,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     crop_size: Triple = (96, 96, 96)  # voxels; smaller volumes are padded
+    mirror_axes: tuple[int, ...] = (0, 1, 2)  # mirrored at random; 0: left and right only
     foreground: float = 0.67  # share of crops that are centered on a lesion voxel
     validation_fraction: float = 0.1  # of the cases; 0: none, the last epoch is kept
     validation_every: int = 10  # epochs

@@ -14,6 +14,7 @@ from monai.transforms import (
     Compose,
     NormalizeIntensity,
     Orientation,
+    RandFlipd,
     ScaleIntensityRange,
     Spacing,
     Transform,
@@ -215,6 +216,17 @@ def load_sample(
         sample.residual = maps.as_tensor()
     volume.array = np.empty((0, 0, 0), np.float32)
     return sample
+
+
+def mirrors(keys: Sequence[str], axes: Sequence[int]) -> list[Transform]:
+    """Random mirroring along each of ``axes``, half of the time.
+
+    Raises:
+        InputError: an axis other than 0, 1 and 2.
+    """
+    if any(axis not in (0, 1, 2) for axis in axes):
+        raise InputError("mirror_axes", f"is {tuple(axes)}", "expected axes among 0, 1 and 2")
+    return [RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes]
 
 
 def check_size(sample: Sample, smallest: Sequence[int], what: str) -> None:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from monai.transforms import Compose, RandFlipd, RandSpatialCropd, SpatialPadd
+from monai.transforms import Compose, RandSpatialCropd, SpatialPadd
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from grcsf_kernels.engine.data import (
     check_size,
     find_cases,
     load_sample,
+    mirrors,
 )
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import fit, seed_of
@@ -74,7 +75,7 @@ def pretrain(
             torch.manual_seed(seed)
             model = _build(config, ratio)
         optimization = dataclasses.replace(config.optimization, seed=seed)
-        crops = Crops(samples, config.crop_size, optimization.batch_size, seed)
+        crops = Crops(samples, config, seed)
 
         def step(
             network: nn.Module, epoch: int, index: int, crops: Crops = crops, seed: int = seed
@@ -148,14 +149,13 @@ def _load(data: Path, config: PretrainConfig, report: Report) -> Samples:
 class Crops:
     """Batches of random crops: a function of (epoch, step) and the seed."""
 
-    def __init__(
-        self, samples: Samples, crop_size: tuple[int, int, int], batch: int, seed: int
-    ) -> None:
-        self._samples, self._batch, self._seed = samples, batch, seed
+    def __init__(self, samples: Samples, config: PretrainConfig, seed: int) -> None:
+        self._samples, self._batch, self._seed = samples, config.optimization.batch_size, seed
         keys = ["image"]
-        flips = [RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)]
-        crop = RandSpatialCropd(keys, crop_size, random_size=False)
-        self._transform = Compose([SpatialPadd(keys, crop_size), crop, *flips])
+        crop = RandSpatialCropd(keys, config.crop_size, random_size=False)
+        self._transform = Compose(
+            [SpatialPadd(keys, config.crop_size), crop, *mirrors(keys, config.mirror_axes)]
+        )
 
     def __call__(self, epoch: int, step: int) -> tuple[Tensor, str]:
         """Images [B, 1, *crop] and the names of their cases."""

@@ -13,7 +13,6 @@ from monai.losses import DiceFocalLoss
 from monai.transforms import (
     Compose,
     RandCropByPosNegLabeld,
-    RandFlipd,
     RandScaleIntensityd,
     RandShiftIntensityd,
     RandSpatialCropd,
@@ -31,6 +30,7 @@ from grcsf_kernels.engine.data import (
     Samples,
     find_cases,
     load_sample,
+    mirrors,
 )
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import fit, seed_of
@@ -246,7 +246,6 @@ class LesionCrops:
         self._samples, self._batch, self._seed = samples, config.optimization.batch_size, seed
         keys = ["image", "label"] + ([] if samples[0].residual is None else ["residual"])
         self._keys = keys
-        flips = [RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)]
         self._transform = Compose(
             [
                 SpatialPadd(keys, config.crop_size),
@@ -262,7 +261,7 @@ class LesionCrops:
                     allow_smaller=True,
                 ),
                 RandSpatialCropd(keys, config.crop_size, random_size=False),
-                *flips,
+                *mirrors(keys, config.mirror_axes),
                 RandScaleIntensityd(["image"], factors=0.1, prob=0.5),
                 RandShiftIntensityd(["image"], offsets=0.1, prob=0.5),
             ]
