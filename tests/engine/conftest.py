@@ -6,6 +6,7 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from grcsf_kernels.engine import (
     AutoencoderConfig,
@@ -40,6 +41,15 @@ def blob(seed, shape=(21, 18, 13)):
     center = rng.uniform(-0.3, 0.3, 3)[:, None, None, None]
     label = ((grid - center) ** 2).sum(0) < 0.08
     return (image + 80 * label).astype(np.float32), label.astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums are split by threads: with one, what a training reaches is the same on every run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
