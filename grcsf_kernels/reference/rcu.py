@@ -18,9 +18,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-# Logits of one chunk, in values: 32 MiB in float32, and backward holds three such tensors. The
-# textbook form holds K * h * V * P of them at once.
+# Logits of one chunk, in values, and backward holds three such tensors. 32 MiB in float32 suits a
+# CPU's cache; a GPU needs more at once to be busy. The textbook form holds K * h * V * P.
 _CHUNK = 1 << 23
+_CHUNKS_AT_ONCE_ON_GPU = 16
 
 _AXES = {2: "hw", 3: "dhw"}
 
@@ -74,13 +75,15 @@ def regions(space: Sequence[int], patch_size: Sequence[int]) -> Iterator[Region]
         yield Region((..., *voxels), (..., *patches), counts, patch)
 
 
-def _chunks(windows: int, queries: int, keys: int, lanes: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of windows and of queries so that windows * queries * keys * lanes <= _CHUNK."""
-    many = max(1, _CHUNK // (keys * lanes))
-    window_step = max(1, many // queries)
-    query_step = min(queries, many)
+def _chunks(own: Tensor, lanes: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of windows and of queries of ``own`` [n, P, C] that keep the logits in bounds."""
+    windows, voxels, _ = own.shape
+    values = _CHUNK * (1 if own.device.type == "cpu" else _CHUNKS_AT_ONCE_ON_GPU)
+    many = max(1, values // (voxels * lanes))
+    window_step = max(1, many // voxels)
+    query_step = min(voxels, many)
     for window in range(0, windows, window_step):
-        for query in range(0, queries, query_step):
+        for query in range(0, voxels, query_step):
             yield slice(window, window + window_step), slice(query, query + query_step)
 
 
@@ -92,6 +95,14 @@ def _attend(queries: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     logits = torch.einsum("nikhc,njkc->nikhj", queries, residual)
     attention = torch.softmax(logits, dim=-1)
     return attention, torch.einsum("nikhj,njkc->nikhc", attention, residual)
+
+
+def _added(own: Tensor, keys: Tensor, *weights: Tensor) -> Tensor:
+    """What attention adds to the voxels ``own`` [n, i, C], before the score: y without its bias."""
+    query_weight, query_bias, value_weight = weights
+    queries = torch.einsum("nix,khcx->nikhc", own, query_weight) + query_bias
+    _, expected = _attend(queries, keys)
+    return torch.einsum("nikhc,kxhc->nix", expected, value_weight)
 
 
 def _flat_maps(residual: Tensor) -> Tensor:
@@ -141,15 +152,51 @@ def forward(
         scores[region.grid] = region_scores.view(x.shape[0], *region.counts)
 
         keys = own_maps.unflatten(2, (maps, map_channels))
-        voxels = own.shape[1]
         result = torch.empty_like(own)
-        for n, i in _chunks(own.shape[0], voxels, voxels, maps * heads):
-            queries = torch.einsum("nix,khcx->nikhc", own[n, i], query_weight) + query_bias
-            _, expected = _attend(queries, keys[n])
-            added = torch.einsum("nikhc,kxhc->nix", expected, value_weight) + constant
+        for n, i in _chunks(own, maps * heads):
+            added = _added(own[n, i], keys[n], query_weight, query_bias, value_weight) + constant
             result[n, i] = own[n, i] + region_scores[n, None, None] * added
         region.put(result.to(x.dtype), out)
     return out, scores
+
+
+def _chunk_gradients(
+    own: Tensor,
+    keys: Tensor,
+    grad: Tensor,
+    score: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    value_weight: Tensor,
+    constant: Tensor,
+    needs_residual: bool,
+) -> tuple[Tensor, ...]:
+    """What one chunk adds to the gradients of own, score, the four weights and, if asked, keys."""
+    queries = torch.einsum("nix,khcx->nikhc", own, query_weight) + query_bias
+    attention, expected = _attend(queries, keys)
+    added = torch.einsum("nikhc,kxhc->nix", expected, value_weight) + constant
+    grad_score = (grad * added).sum(dim=(1, 2))
+
+    grad_added = grad * score
+    grad_value_bias = grad_added.sum(dim=(0, 1)).expand(query_weight.shape[0], -1)
+    grad_value_weight = torch.einsum("nix,nikhc->kxhc", grad_added, expected)
+    grad_expected = torch.einsum("nix,kxhc->nikhc", grad_added, value_weight)
+    level = (grad_expected * expected).sum(dim=-1, keepdim=True)
+    grad_logits = torch.einsum("nikhc,njkc->nikhj", grad_expected, keys)
+    grad_logits = (grad_logits - level) * attention
+    grad_queries = torch.einsum("nikhj,njkc->nikhc", grad_logits, keys)
+    gradients = (
+        torch.einsum("nikhc,khcx->nix", grad_queries, query_weight),
+        grad_score,
+        torch.einsum("nikhc,nix->khcx", grad_queries, own),
+        grad_queries.sum(dim=(0, 1)),
+        grad_value_weight,
+        grad_value_bias,
+    )
+    if not needs_residual:
+        return gradients
+    grad_keys = torch.einsum("nikhj,nikhc->njkc", attention, grad_expected)
+    return *gradients, grad_keys + torch.einsum("nikhj,nikhc->njkc", grad_logits, queries)
 
 
 def backward(
@@ -183,9 +230,7 @@ def backward(
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(_flat_maps(residual)) if needs_residual else None
     small = (query_weight, query_bias, value_weight, value_bias)
-    grad_query_weight, grad_query_bias, grad_value_weight, grad_value_bias = (
-        torch.zeros_like(weight) for weight in small
-    )
+    grad_small = [torch.zeros_like(weight) for weight in small]
     grad_weight1, grad_bias1, grad_weight2, grad_bias2 = (
         torch.zeros_like(weight)
         for weight in (score_weight1, score_bias1, score_weight2, score_bias2)
@@ -205,27 +250,24 @@ def backward(
         grad_own = grad.clone()
         grad_keys = torch.zeros_like(keys) if needs_residual else None
 
-        for n, i in _chunks(own.shape[0], voxels, voxels, maps * heads):
-            queries = torch.einsum("nix,khcx->nikhc", own[n, i], query_weight) + query_bias
-            attention, expected = _attend(queries, keys[n])
-            added = torch.einsum("nikhc,kxhc->nix", expected, value_weight) + constant
-            grad_score[n] += (grad[n, i] * added).sum(dim=(1, 2))
-
-            grad_added = grad[n, i] * score[n, None, None]
-            grad_value_weight += torch.einsum("nix,nikhc->kxhc", grad_added, expected)
-            grad_value_bias += grad_added.sum(dim=(0, 1))
-            grad_expected = torch.einsum("nix,kxhc->nikhc", grad_added, value_weight)
+        for n, i in _chunks(own, maps * heads):
+            parts = _chunk_gradients(
+                own[n, i],
+                keys[n],
+                grad[n, i],
+                score[n, None, None],
+                query_weight,
+                query_bias,
+                value_weight,
+                constant,
+                needs_residual,
+            )
+            grad_own[n, i] += parts[0]
+            grad_score[n] += parts[1]
+            for total, part in zip(grad_small, parts[2:6], strict=True):
+                total += part
             if grad_keys is not None:
-                grad_keys[n] += torch.einsum("nikhj,nikhc->njkc", attention, grad_expected)
-            level = (grad_expected * expected).sum(dim=-1, keepdim=True)
-            grad_logits = torch.einsum("nikhc,njkc->nikhj", grad_expected, keys[n])
-            grad_logits.sub_(level).mul_(attention)
-            if grad_keys is not None:
-                grad_keys[n] += torch.einsum("nikhj,nikhc->njkc", grad_logits, queries)
-            grad_queries = torch.einsum("nikhj,njkc->nikhc", grad_logits, keys[n])
-            grad_query_weight += torch.einsum("nikhc,nix->khcx", grad_queries, own[n, i])
-            grad_query_bias += grad_queries.sum(dim=(0, 1))
-            grad_own[n, i] += torch.einsum("nikhc,khcx->nix", grad_queries, query_weight)
+                grad_keys[n] += parts[6]
 
         means = _means(own, own_maps)
         hidden = _hidden(means, score_weight1, score_bias1)
@@ -247,10 +289,7 @@ def backward(
     grads = (
         grad_x,
         grad_residual,
-        grad_query_weight,
-        grad_query_bias,
-        grad_value_weight,
-        grad_value_bias,
+        *grad_small,
         grad_weight1,
         grad_bias1,
         grad_weight2,
