@@ -111,10 +111,25 @@ class RCU(nn.Module):
             ValueError: a shape that does not fit, or a context that is missing or not expected.
         """
         self._check(x, residual, context)
-        with torch.autocast(x.device.type, enabled=False):
-            weights = [*self._attention_weights(x), *self._score_weights(x, context)]
+        weights = self.absorbed(x, context)
         out, scores = rcu(x, residual.to(x.dtype), *weights, patch_size=self.patch_size)
         return (out, scores) if return_scores else out
+
+    def absorbed(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The eight weights that :func:`grcsf_kernels.rcu` takes, from the module's parameters.
+
+        Differentiable; computed in float32 (float64 for float64 ``x``), also under autocast.
+
+        Args:
+            x: [B, channels, *S], of which only the batch size, dtype and device are used.
+            context: as in :meth:`forward`.
+
+        Returns:
+            query_weight, query_bias, value_weight, value_bias, score_weight1, score_bias1,
+            score_weight2 and score_bias2.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return (*self._attention_weights(x), *self._score_weights(x, context))
 
     def _attention_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query_weight, query_bias, value_weight and value_bias: docs/operators.md, absorption."""

@@ -18,10 +18,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-# Logits of one chunk, in values, and backward holds three such tensors. 32 MiB in float32 suits a
-# CPU's cache; a GPU needs more at once to be busy. The textbook form holds K * h * V * P.
-_CHUNK = 1 << 23
-_CHUNKS_AT_ONCE_ON_GPU = 16
+# Logits of one chunk, in values, and backward holds three such tensors. 1 MiB in float32 stays in
+# a CPU's cache; a GPU needs more at once to be busy. The textbook form holds K * h * V * P.
+_CHUNK = 1 << 18
+_CHUNKS_AT_ONCE_ON_GPU = 512
 
 _AXES = {2: "hw", 3: "dhw"}
 
@@ -87,22 +87,22 @@ def _chunks(own: Tensor, lanes: int) -> Iterator[tuple[slice, slice]]:
             yield slice(window, window + window_step), slice(query, query + query_step)
 
 
-def _attend(queries: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [n, i, k, h, j] and expectations [n, i, k, h, c] of absorbed queries [n, i, k, h, c].
+def _attend(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [n, k, i * h, j] and expectations [n, k, i, h, c].
 
-    ``residual`` is [n, j, k, c].
+    ``queries`` [n, k, i, h, c] are absorbed, ``keys`` [n, k, j, c] are residual voxels.
     """
-    logits = torch.einsum("nikhc,njkc->nikhj", queries, residual)
+    logits = queries.flatten(2, 3) @ keys.mT
     attention = torch.softmax(logits, dim=-1)
-    return attention, torch.einsum("nikhj,njkc->nikhc", attention, residual)
+    return attention, (attention @ keys).view_as(queries)
 
 
 def _added(own: Tensor, keys: Tensor, *weights: Tensor) -> Tensor:
     """What attention adds to the voxels ``own`` [n, i, C], before the score: y without its bias."""
     query_weight, query_bias, value_weight = weights
-    queries = torch.einsum("nix,khcx->nikhc", own, query_weight) + query_bias
-    _, expected = _attend(queries, keys)
-    return torch.einsum("nikhc,kxhc->nix", expected, value_weight)
+    queries = torch.einsum("nix,khcx->nkihc", own, query_weight) + query_bias[:, None]
+    _, expected = _attend(queries.contiguous(), keys)
+    return torch.einsum("nkihc,kxhc->nix", expected, value_weight)
 
 
 def _flat_maps(residual: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def forward(
         region_scores = torch.sigmoid(hidden @ score_weight2 + score_bias2)
         scores[region.grid] = region_scores.view(x.shape[0], *region.counts)
 
-        keys = own_maps.unflatten(2, (maps, map_channels))
+        keys = own_maps.unflatten(2, (maps, map_channels)).transpose(1, 2).contiguous()
         result = torch.empty_like(own)
         for n, i in _chunks(own, maps * heads):
             added = _added(own[n, i], keys[n], query_weight, query_bias, value_weight) + constant
@@ -172,31 +172,32 @@ def _chunk_gradients(
     needs_residual: bool,
 ) -> tuple[Tensor, ...]:
     """What one chunk adds to the gradients of own, score, the four weights and, if asked, keys."""
-    queries = torch.einsum("nix,khcx->nikhc", own, query_weight) + query_bias
+    queries = torch.einsum("nix,khcx->nkihc", own, query_weight) + query_bias[:, None]
+    queries = queries.contiguous()
     attention, expected = _attend(queries, keys)
-    added = torch.einsum("nikhc,kxhc->nix", expected, value_weight) + constant
+    added = torch.einsum("nkihc,kxhc->nix", expected, value_weight) + constant
     grad_score = (grad * added).sum(dim=(1, 2))
 
     grad_added = grad * score
     grad_value_bias = grad_added.sum(dim=(0, 1)).expand(query_weight.shape[0], -1)
-    grad_value_weight = torch.einsum("nix,nikhc->kxhc", grad_added, expected)
-    grad_expected = torch.einsum("nix,kxhc->nikhc", grad_added, value_weight)
-    level = (grad_expected * expected).sum(dim=-1, keepdim=True)
-    grad_logits = torch.einsum("nikhc,njkc->nikhj", grad_expected, keys)
-    grad_logits = (grad_logits - level) * attention
-    grad_queries = torch.einsum("nikhj,njkc->nikhc", grad_logits, keys)
+    grad_value_weight = torch.einsum("nix,nkihc->kxhc", grad_added, expected)
+    grad_expected = torch.einsum("nix,kxhc->nkihc", grad_added, value_weight).contiguous()
+    level = (grad_expected * expected).sum(dim=-1).flatten(2)[..., None]
+    grad_logits = grad_expected.flatten(2, 3) @ keys.mT
+    grad_logits.sub_(level).mul_(attention)
+    grad_queries = (grad_logits @ keys).view_as(queries)
     gradients = (
-        torch.einsum("nikhc,khcx->nix", grad_queries, query_weight),
+        torch.einsum("nkihc,khcx->nix", grad_queries, query_weight),
         grad_score,
-        torch.einsum("nikhc,nix->khcx", grad_queries, own),
-        grad_queries.sum(dim=(0, 1)),
+        torch.einsum("nkihc,nix->khcx", grad_queries, own),
+        grad_queries.sum(dim=(0, 2)),
         grad_value_weight,
         grad_value_bias,
     )
     if not needs_residual:
         return gradients
-    grad_keys = torch.einsum("nikhj,nikhc->njkc", attention, grad_expected)
-    return *gradients, grad_keys + torch.einsum("nikhj,nikhc->njkc", grad_logits, queries)
+    grad_keys = attention.mT @ grad_expected.flatten(2, 3)
+    return *gradients, grad_keys + grad_logits.mT @ queries.flatten(2, 3)
 
 
 def backward(
@@ -243,7 +244,7 @@ def backward(
         own = region.windows(x).to(dtype)
         own_maps = region.windows(_flat_maps(residual)).to(dtype)
         grad = region.windows(grad_out).to(dtype)
-        keys = own_maps.unflatten(2, (maps, map_channels))
+        keys = own_maps.unflatten(2, (maps, map_channels)).transpose(1, 2).contiguous()
         voxels = own.shape[1]
         score = scores[region.grid].reshape(-1)
         grad_score = grad_scores[region.grid].reshape(-1).clone()
@@ -281,7 +282,7 @@ def backward(
         grad_means = (grad_hidden @ score_weight1)[:, None] / voxels
         region.put((grad_own + grad_means[..., :channels]).to(x.dtype), grad_x)
         if grad_keys is not None and grad_residual is not None:
-            total = grad_keys.flatten(2) + grad_means[..., channels:]
+            total = grad_keys.transpose(1, 2).flatten(2) + grad_means[..., channels:]
             region.put(total.to(x.dtype), grad_residual)
 
     if grad_residual is not None:
