@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
@@ -17,8 +17,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest
 
+# The whole suite, then the report: about an hour on two cores. BENCH="--quick" takes minutes.
 bench: $(VENV)/.installed
-	$(BIN)/pytest benchmarks --benchmark-columns=min,median,iqr,rounds
+	$(BIN)/python -m benchmarks.run $(if $(OUT),--out $(OUT)) $(BENCH)
+
+# On a machine with a GPU and no network, in the environment that is there: no environment is made.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(CHECK)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -58,12 +58,9 @@ class Case:
     @property
     def title(self) -> str:
         """The shape as one reads it: ``96³ C=32 float32``."""
-        cube = len(set(self.space)) == 1
-        shape = (
-            f"{self.space[0]}{'²³'[len(self.space) - 2]}"
-            if cube
-            else "x".join(map(str, self.space))
-        )
+        shape = "x".join(map(str, self.space))
+        if len(set(self.space)) == 1:
+            shape = f"{self.space[0]}{'²³'[len(self.space) - 2]}"
         words = [shape, f"C={self.channels}", self.dtype]
         if self.layout != "contiguous":
             words.append(self.layout)

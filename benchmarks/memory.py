@@ -2,8 +2,8 @@
 """Peak extra memory of a call: measured, by two ways on CPU.
 
 *Allocator.* On CUDA the caching allocator's own peak. On CPU the profiler's record of every
-allocation and release of torch's allocator, from which the running sum and its peak follow: exact to
-the byte, but blind to memory that native code takes from elsewhere.
+allocation and release of torch's allocator, from which the running sum and its peak follow: exact
+to the byte, but blind to memory that native code takes from elsewhere.
 
 *Resident.* What the kernel counted (``VmHWM``), reset just before the call: pages that were really
 touched, whoever asked for them. Linux only.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ import torch
 from benchmarks import results
 
 SUITES = ("residual_map", "gcu", "rcu", "nn", "model", "scaling")
+# "python -m pytest" would put the checkout before an installed package.
+_PYTEST = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,13 +30,20 @@ def run_suite(suite: str, out: Path, arguments: list[str], timeout: float | None
     path = out / f"{suite}.json"
     temporary = out / f".{os.getpid()}.{suite}.json"
     command = [
-        *(sys.executable, "-m", "pytest", f"benchmarks/bench_{suite}.py", "-q", "--no-header"),
+        *(sys.executable, "-c", _PYTEST, f"benchmarks/bench_{suite}.py", "-q", "--no-header"),
         *("--benchmark-columns=min,median,iqr,rounds", f"--benchmark-json={temporary}"),
         *arguments,
     ]
+    process = subprocess.Popen(command, cwd=_ROOT)
     try:
-        code = subprocess.run(command, cwd=_ROOT, check=False, timeout=timeout).returncode
+        code = process.wait(timeout)
     except subprocess.TimeoutExpired:
+        # As Ctrl-C: pytest-benchmark then writes what it has measured.
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
         return f"was stopped after {timeout:.0f} s"
     finally:
         # pytest-benchmark also writes what was measured before a failure.
@@ -50,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--timeout", type=float, help="seconds for each suite")
+    parser.add_argument("--budget", type=float, help="seconds for all suites together")
     parser.add_argument("-k", dest="pick", help="passed to pytest")
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,16 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
     passed += ["-k", options.pick] if options.pick else []
 
     failed = {}
+    end = time.monotonic() + (options.budget or float("inf"))
     for suite in options.suites:
         start = time.monotonic()
-        problem = run_suite(suite, out, passed, options.timeout)
+        left = None if options.budget is None else max(0.0, end - start)
+        problem = run_suite(suite, out, passed, left) if left != 0 else "no time was left"
         if problem:
             failed[suite] = problem
         sys.stdout.write(f"{suite}: {problem or 'done'}, {time.monotonic() - start:.0f} s\n")
         sys.stdout.flush()
     subprocess.run([sys.executable, "-m", "benchmarks.report", str(out)], cwd=_ROOT, check=False)
     for suite, problem in failed.items():
-        sys.stderr.write(f"benchmarks/bench_{suite}.py {problem}\n")
+        sys.stderr.write(f"benchmarks/bench_{suite}.py: {problem}\n")
     return 1 if failed else 0
 
 

@@ -122,7 +122,7 @@ def _natten(case: Case) -> Attention:
     size = (case.patch or 1,) * axes
 
     def call(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        patches, heads, voxels, width = queries.shape
+        heads, width = queries.shape[1], queries.shape[3]
         shape = torch.Size([1, heads * width, *case.space])
 
         def whole(tensor: Tensor) -> Tensor:
