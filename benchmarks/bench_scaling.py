@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the cost of each operator grows with the volume, from 64³ to 256³, for every peer.
+"""How the cost of each operator grows with the volume, up to 256³, for every peer.
 
 ``python -m benchmarks.report`` fits the exponent: 1 is linear in the voxels.
 """

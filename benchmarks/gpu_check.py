@@ -105,7 +105,8 @@ def plan(out: Path, gpu: str) -> list[Step]:
     bench = [_PYTHON, "-m", "benchmarks.run", "--quick", f"--device={device}", f"--out={out}"]
     bench += ["--budget", _LEFT]
     ncu = [shutil.which("ncu") or "ncu", "--clock-control", "none", "--set", "full"]
-    ncu += ["--kernel-name", f"regex:{_OURS}", "--launch-count", "40", "--page", "details"]
+    ncu += ["--kernel-name-base", "demangled", "--kernel-name", f"regex:{_OURS}"]
+    ncu += ["--launch-count", "40", "--page", "details"]
     ncu += [_PYTHON, "-m", "benchmarks.launches", "--large"]
     no_benchmark = (
         "pytest-benchmark is not installed" if _absent_modules("pytest_benchmark") else ""

@@ -63,11 +63,11 @@ def test_inputs_take_turns_until_the_cache_is_passed_twice():
 @pytest.mark.parametrize("operator", ["residual_map", "gcu", "rcu"])
 def test_cases_cover_what_is_promised(operator, device):
     cases = all_cases(operator, device)
-    assert len({str(case) for case in cases}) == len(cases)
+    assert len({case.title for case in cases}) == len(cases)
     assert {case.space[0] for case in cases if case.family == "size"} == {64, 96, 128, 192}
     assert {case.dtype for case in cases} == {"float32", "bfloat16", "float16"}
     assert {"layout", "image"} <= {case.family for case in cases}
     if operator != "residual_map":
-        levels = {case.channels for case in cases if case.family == "level"}
-        assert levels == {16, 32, 64, 128, 256}
+        assert {case.channels for case in cases} == {16, 32, 64, 128, 256}
+        assert sum(case.family == "level" for case in cases) >= 4
     assert any(case.quick for case in cases)
