@@ -101,17 +101,17 @@ class Session:
             return
         voxels, seconds, taken = self._seen[self._key(row)]
         factor = (row.voxels / voxels) ** growth
+        if taken * factor > self.memory:
+            raise Absent(
+                f"out of memory: a call would need about {taken * factor / 2**30:.0f} GiB of "
+                f"{self.memory / 2**30:.0f} GiB"
+            )
         # One point more of a line is not worth minutes.
         limit = self.longest_call / (3 if row.family == "scaling" else 1)
         if seconds * factor > limit:
             raise Absent(
                 f"too slow: a call would take about {_readable(seconds * factor)}, "
                 f"the limit is {_readable(limit)}"
-            )
-        if taken * factor > self.memory:
-            raise Absent(
-                f"out of memory: a call would need about {taken * factor / 2**30:.0f} GiB of "
-                f"{self.memory / 2**30:.0f} GiB"
             )
 
     def saw(self, row: Row, seconds: float, taken: int) -> None:

@@ -73,15 +73,35 @@ def slim(output: dict[str, Any]) -> None:
         stats = {name: bench["stats"][name] for name in _STATS}
         stats = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in stats.items()}
         rows.append({"name": bench["name"], "group": bench["group"], **bench["extra_info"]} | stats)
+        if rows[-1].get("floor_seconds"):
+            share = rows[-1]["floor_seconds"] / stats["median"]
+            rows[-1]["share_of_floor"] = float(f"{share:.4g}")
+    output["benchmarks"] = rows
+    _set_side_by_side(rows)
+
+
+def _set_side_by_side(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         row["times_slower_than"] = {
             other["peer"]: float(f"{row['median'] / other['median']:.4g}")
             for other in rows
-            if other["group"] == row["group"] and other is not row and other.get("peer")
+            if other["group"] == row["group"] and other is not row
         }
-        if row.get("floor_seconds"):
-            row["share_of_floor"] = float(f"{row['floor_seconds'] / row['median']:.4g}")
-    output["benchmarks"] = rows
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``new`` with those rows of ``old`` that it does not measure, or leave out, itself."""
+
+    def key(entry: dict[str, Any]) -> tuple[str, ...]:
+        names = ("subject", "case", "family", "direction", "peer")
+        return tuple(entry[name] for name in names)
+
+    done = {key(entry) for entry in (*new["benchmarks"], *new["absent"])}
+    merged = dict(new)
+    for part in ("benchmarks", "absent"):
+        merged[part] = [entry for entry in old[part] if key(entry) not in done] + new[part]
+    _set_side_by_side(merged["benchmarks"])
+    return merged
 
 
 def load(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ suite measured is written whole when it ends.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -48,6 +49,11 @@ def run_suite(suite: str, out: Path, arguments: list[str], timeout: float | None
     finally:
         # pytest-benchmark also writes what was measured before a failure.
         if temporary.exists() and temporary.stat().st_size:
+            if "-k" in arguments and path.exists():  # a part of the suite: the rest is kept
+                whole = results.merge(
+                    json.loads(path.read_text()), json.loads(temporary.read_text())
+                )
+                temporary.write_text(json.dumps(whole, indent=1))
             os.replace(temporary, path)
         temporary.unlink(missing_ok=True)
     return "" if code == 0 else f"ended with status {code}"
@@ -61,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--budget", type=float, help="seconds for all suites together")
-    parser.add_argument("-k", dest="pick", help="passed to pytest")
+    parser.add_argument("-k", dest="pick", help="passed to pytest; other rows stay")
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = (options.out or results.default_folder(device)).resolve()
@@ -70,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     passed += ["--quick"] if options.quick else []
     passed += ["-k", options.pick] if options.pick else []
 
+    # Where this was started in the background, Ctrl-C is ignored, also by the suites.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     failed = {}
     end = time.monotonic() + (options.budget or float("inf"))
     for suite in options.suites:

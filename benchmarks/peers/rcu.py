@@ -79,7 +79,8 @@ def _peer(
         unit, (x, residual) = inputs.unit, inputs.arguments[:2]
         assert unit is not None
         unit.requires_grad_(backward)
-        patch = inputs.options["patch_size"] or list(case.space)
+        steps = inputs.options["patch_size"] or case.space
+        patch = [min(step, size) for step, size in zip(steps, case.space, strict=True)]
         function: Callable[..., Any] = textbook
         if compiled:
             torch.compiler.reset()

@@ -125,6 +125,17 @@ def test_several_folders_stand_side_by_side(tmp_path):
     assert "| gcu forward: 64³ | cpu | 10.0 ms | 5.00 ms |" in (new / "report.md").read_text()
 
 
+def test_a_part_that_is_measured_again_replaces_only_itself():
+    old = {"benchmarks": [row("cpu"), row("reference", 0.5)], "absent": []}
+    gone = row("reference") | {"reason": "too slow"}
+    new = results.merge(old, {"benchmarks": [row("cpu", 0.02)], "absent": [gone]})
+    assert [(entry["peer"], entry["median"]) for entry in new["benchmarks"]] == [("cpu", 0.02)]
+    assert [entry["reason"] for entry in new["absent"]] == ["too slow"]
+    again = results.merge(new, {"benchmarks": [row("sdpa", 0.04)], "absent": []})
+    assert again["benchmarks"][1]["times_slower_than"] == {"cpu": 2.0}
+    assert len(again["absent"]) == 1
+
+
 def test_ratios_to_the_peers_stand_in_each_row():
     stats = dict.fromkeys(("min", "max", "mean", "q1", "q3", "iqr", "stddev"), 1.0) | {"rounds": 3}
     benches = [

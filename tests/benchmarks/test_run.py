@@ -49,6 +49,7 @@ def test_what_would_not_fit_is_foretold_from_smaller_cases():
     rows.refuse(row(64**3, "cpu"), growth=2)  # of another peer nothing is known
     with pytest.raises(Absent, match="out of memory: a call would need about 4 GiB of 1 GiB"):
         rows.refuse(row(32**3), growth=2)
+    rows.memory = 2**50
     with pytest.raises(Absent, match="too slow: a call would take about 7 minutes"):
         rows.refuse(row(64**3), growth=2)
 
