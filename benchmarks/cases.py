@@ -71,9 +71,12 @@ class Case:
         return " ".join(words)
 
     def __str__(self) -> str:
-        """The identifier in names of tests: no blanks, so that ``-k`` can pick it."""
-        ascii_title = self.title.replace("³", "^3").replace("²", "^2")
-        return f"{self.family}-{ascii_title.replace(' ', '-').replace('=', '')}"
+        """The identifier in names of tests, of what ``-k`` takes."""
+        _, *words = self.title.split()
+        shape = "x".join(map(str, self.space))
+        return (
+            "-".join([self.subject, self.family, shape, *words]).replace(" ", "-").replace("=", "")
+        )
 
 
 @dataclass
