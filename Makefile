@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest
 
-# The whole suite, then the report: about an hour on two cores. BENCH="--quick" takes minutes.
+# The whole suite, then the report: about 80 minutes on two cores. BENCH="--quick" takes minutes.
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run $(if $(OUT),--out $(OUT)) $(BENCH)
 
