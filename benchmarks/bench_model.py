@@ -176,12 +176,11 @@ def test_model(
         return _ImageToMask(case, peer, device, tmp_path_factory.mktemp("autoencoders"))
 
     def check(found: dict[str, Tensor]) -> float:
-        if peer in _YARDSTICKS or peer == "backbone":
-            return 0.0
         exact = session.expected((case, backward), lambda: make(0, "reference").run(backward))
         return worst_error({"logits": found["logits"]}, exact, 10 * BOUNDS[case.dtype])
 
     row = Row.of(case, backward, peer)
     # Minutes on CPU: called twice, not four times, and checked at the smaller size of the step.
     brief = case.subject == VOLUME and device == "cpu"
-    run_row(session, benchmark, row, make, check=check, warm_up=not brief)
+    other = peer in _YARDSTICKS or peer == "backbone"  # another function: nothing to compare
+    run_row(session, benchmark, row, make, check=None if other else check, warm_up=not brief)

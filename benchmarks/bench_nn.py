@@ -19,8 +19,6 @@ from grcsf_kernels.nn import GCU, RCU, ResidualMaps, SqueezeExcitation
 
 MODULES = ("SqueezeExcitation", "GCU", "RCU", "ResidualMaps")
 OPERATORS = {"GCU": "gcu", "RCU": "rcu", "ResidualMaps": "residual_map"}
-# Half precision means a region of autocast, parameters in float32.
-AUTOCAST_BOUND = 3e-2
 
 
 def cases(device: str) -> list[Case]:
@@ -98,7 +96,6 @@ def test_nn(session: Session, benchmark: Any, case: Case, backward: bool, peer: 
 
     def check(found: dict[str, Tensor]) -> float:
         exact = session.expected((case, backward), lambda: make(0, "reference").run(backward))
-        bound = BOUNDS["float32"] if case.dtype == "float32" else AUTOCAST_BOUND
-        return worst_error(found, exact, bound)
+        return worst_error(found, exact, BOUNDS[case.dtype])
 
     run_row(session, benchmark, Row.of(case, backward, peer), make, check=check)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -50,10 +51,7 @@ class Case:
     @property
     def voxels(self) -> int:
         """V."""
-        product = 1
-        for size in self.space:
-            product *= size
-        return product
+        return prod(self.space)
 
     @property
     def title(self) -> str:
@@ -88,13 +86,14 @@ class Inputs:
         options: keyword arguments.
         leaves: names and positions of the arguments that get a gradient.
         unit: of rcu, the module that the weights were absorbed from.
+        grads: gradients that reach the outputs.
     """
 
     arguments: list[Any]
     options: dict[str, Any]
     leaves: dict[str, int]
     unit: RCU | None = None
-    grads: tuple[Tensor, ...] = field(default=())
+    grads: tuple[Tensor, ...] = ()
 
 
 def all_cases(operator: str, device: str) -> list[Case]:
@@ -190,11 +189,10 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
     residual = uniform(1, MAPS, case.map_channels, *case.space).to(dtype)
     with torch.no_grad():
         weights = [weight.contiguous() for weight in unit.absorbed(x)]
-    patch = list(case.space) if case.patch is None else [case.patch] * len(case.space)
     names = ["query_weight", "query_bias", "value_weight", "value_bias"]
     names += ["score_weight1", "score_bias1", "score_weight2", "score_bias2"]
     leaves = {"x": 0} | {name: position for position, name in enumerate(names, start=2)}
-    options = {"patch_size": None if case.patch is None else patch}
+    options = {"patch_size": None if case.patch is None else [case.patch] * len(case.space)}
     return Inputs([x, residual, *weights], options, leaves, unit, (grads,))
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import results
+from benchmarks.run import PYTEST
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BUDGET = 520.0  # seconds for all steps: below nine minutes with what lies between them
@@ -59,15 +60,9 @@ def _absent_modules(*names: str) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
-def _pytest() -> list[str]:
-    # Not "python -m pytest": it would put the checkout before an installed package.
-    code = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    return [_PYTHON, "-c", code]
-
-
 def _tests() -> Step:
     """The whole suite; the parts whose packages are missing are left out by name."""
-    command = [*_pytest(), "tests", "-q", "-p", "no:cacheprovider"]
+    command = [*PYTEST, "tests", "-q", "-p", "no:cacheprovider"]
     if not _absent_modules("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     left_out = []

@@ -2,8 +2,7 @@
 """``python -m benchmarks.launches``: every operator once, forward and backward, on small volumes.
 
 For tools that look at single launches (compute-sanitizer, ncu): each backend of the device that has
-kernels of its own, odd sizes with edge patches, both layouts. ``--warm`` runs everything once
-before, so that what a tool sees afterwards is not compilation.
+kernels of its own, odd sizes with edge patches, both layouts.
 """
 
 from __future__ import annotations
@@ -54,12 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run; the exit status is 0 also where there was nothing to run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--warm", action="store_true")
     parser.add_argument("--large", action="store_true", help="volumes that fill a GPU")
     options = parser.parse_args(arguments)
     backends = GPU_BACKENDS if options.device == "cuda" else ("cpu",)
-    if options.warm:
-        run(backends, options.device, options.large)
     done = run(backends, options.device, options.large)
     found = ", ".join(done) or "no backend of this device has kernels of its own"
     sys.stdout.write(f"grcsf-kernels {grcsf_kernels.__version__}: {found}\n")

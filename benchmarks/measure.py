@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,11 +109,3 @@ def _best(call: Callable[[], object], device: str) -> float:
         call()
         taken.append(now() - start)  # type: ignore[operator]
     return min(taken[1:])
-
-
-def spread(samples: list[float]) -> tuple[float, float]:
-    """First and third quartile."""
-    if len(samples) < 2:
-        return samples[0], samples[0]
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return low, high

@@ -125,21 +125,18 @@ def _roofline(rows: Rows) -> Any:
         label="copy bandwidth, then float32 matrix product",
     )
     markers = {"residual_map": "s", "gcu": "o", "rcu": "^"}
-    labelled = set()
     for row in shown:
         if row["direction"] != "forward":
             continue
         if row["voxels"] != largest[row["subject"], row["peer"]]:
             continue
-        label = f"{row['subject']}: {row['peer']}"
         axis.plot(
             row["flops"] / row["floor_bytes"],
             row["flops"] / row["median"] / 1e9,
             markers.get(row["subject"], "x"),
             color=_COLORS.get(row["peer"]),
-            label=None if label in labelled else label,
+            label=f"{row['subject']}: {row['peer']}",
         )
-        labelled.add(label)
     axis.set(
         xscale="log",
         yscale="log",

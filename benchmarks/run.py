@@ -22,7 +22,8 @@ from benchmarks import results
 
 SUITES = ("residual_map", "gcu", "rcu", "nn", "model", "scaling")
 # "python -m pytest" would put the checkout before an installed package.
-_PYTEST = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+_CODE = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+PYTEST = (sys.executable, "-c", _CODE)
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,7 +32,7 @@ def run_suite(suite: str, out: Path, arguments: list[str], timeout: float | None
     path = out / f"{suite}.json"
     temporary = out / f".{os.getpid()}.{suite}.json"
     command = [
-        *(sys.executable, "-c", _PYTEST, f"benchmarks/bench_{suite}.py", "-q", "--no-header"),
+        *(*PYTEST, f"benchmarks/bench_{suite}.py", "-q", "--no-header"),
         *("--benchmark-columns=min,median,iqr,rounds", f"--benchmark-json={temporary}"),
         *arguments,
     ]
