@@ -3,9 +3,16 @@
 #include "cpu/isa.h"
 #include "cpu/residual_map.h"
 
-#ifdef GRCSF_HAVE_AVX2
+#ifdef GRCSF_HAVE_X86
 #define GRCSF_DISPATCH(function, arguments) \
-  return isa() == Isa::avx2 ? avx2::function(arguments) : portable::function(arguments)
+  switch (isa()) {                          \
+    case Isa::avx512:                       \
+      return avx512::function(arguments);   \
+    case Isa::avx2:                         \
+      return avx2::function(arguments);     \
+    default:                                \
+      return portable::function(arguments); \
+  }
 #else
 #define GRCSF_DISPATCH(function, arguments) return portable::function(arguments)
 #endif

@@ -4,9 +4,11 @@
 
 namespace grcsf {
 
-enum class Isa { portable, avx2 };
+// Every kernel is compiled once for each, into a namespace of that name.
+enum class Isa { portable, avx2, avx512 };
 
-// The widest that was compiled and that this processor runs; GRCSF_CPU_ISA=portable narrows it.
+// The widest that was compiled and that this processor runs. GRCSF_CPU_ISA narrows it: the widest
+// up to the one it names. Throws std::runtime_error where it names none.
 Isa isa();
 
 const char* isa_name(Isa isa);

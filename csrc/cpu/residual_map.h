@@ -34,6 +34,7 @@ void residual_map_backward(const ResidualMapArguments& arguments);
   }
 GRCSF_DECLARE(portable)
 GRCSF_DECLARE(avx2)
+GRCSF_DECLARE(avx512)
 #undef GRCSF_DECLARE
 
 }  // namespace grcsf
