@@ -6,6 +6,10 @@
 
 namespace grcsf::python {
 
+void bind_exponential(pybind11::module_& module);
+void bind_gcu(pybind11::module_& module);
+void bind_pool(pybind11::module_& module);
+void bind_rcu(pybind11::module_& module);
 void bind_residual_map(pybind11::module_& module);
 
 }  // namespace grcsf::python

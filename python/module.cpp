@@ -18,7 +18,7 @@ namespace {
 // The operators with a kernel, by backend: what dispatch reads.
 py::dict operators() {
   py::dict found;
-  found["cpu"] = py::make_tuple("residual_map");
+  found["cpu"] = py::make_tuple("residual_map", "gcu", "rcu");
   found["cuda"] = py::tuple();
   return found;
 }
@@ -53,5 +53,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", [] { return grcsf::isa_name(grcsf::isa()); }, "Instruction set in use.");
   module.def("cuda_info", cuda_info,
              "What the CUDA build sees of this machine; None without CUDA.");
+  grcsf::python::bind_exponential(module);
+  grcsf::python::bind_gcu(module);
+  grcsf::python::bind_pool(module);
+  grcsf::python::bind_rcu(module);
   grcsf::python::bind_residual_map(module);
 }

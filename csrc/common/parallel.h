@@ -21,4 +21,15 @@ using RangeFunction = void (*)(void* context, std::int64_t begin, std::int64_t e
 // not throw: allocate before, one piece for each thread.
 void parallel_ranges(std::int64_t count, int threads, RangeFunction function, void* context);
 
+// The same for a callable body(begin, end, thread).
+template <typename Body>
+void parallel_for(std::int64_t count, int threads, const Body& body) {
+  parallel_ranges(
+      count, threads,
+      [](void* context, std::int64_t begin, std::int64_t end, int thread) {
+        (*static_cast<const Body*>(context))(begin, end, thread);
+      },
+      const_cast<Body*>(&body));
+}
+
 }  // namespace grcsf

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry points of the CPU kernels: each calls the copy for this processor's instruction set.
+#include "cpu/exponential.h"
+#include "cpu/gcu.h"
 #include "cpu/isa.h"
+#include "cpu/rcu.h"
 #include "cpu/residual_map.h"
 
 #ifdef GRCSF_HAVE_X86
@@ -19,6 +22,12 @@
 
 namespace grcsf {
 
+void exponential(const ExponentialArguments& arguments) { GRCSF_DISPATCH(exponential, arguments); }
+
+void gcu_forward(const GcuArguments& arguments) { GRCSF_DISPATCH(gcu_forward, arguments); }
+
+void gcu_backward(const GcuArguments& arguments) { GRCSF_DISPATCH(gcu_backward, arguments); }
+
 void residual_map_forward(const ResidualMapArguments& arguments) {
   GRCSF_DISPATCH(residual_map_forward, arguments);
 }
@@ -26,5 +35,9 @@ void residual_map_forward(const ResidualMapArguments& arguments) {
 void residual_map_backward(const ResidualMapArguments& arguments) {
   GRCSF_DISPATCH(residual_map_backward, arguments);
 }
+
+void rcu_forward(const RcuArguments& arguments) { GRCSF_DISPATCH(rcu_forward, arguments); }
+
+void rcu_backward(const RcuArguments& arguments) { GRCSF_DISPATCH(rcu_backward, arguments); }
 
 }  // namespace grcsf

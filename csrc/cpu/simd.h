@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -57,7 +58,7 @@ struct ComputeOf<double> {
   using type = double;
 };
 template <typename T>
-using ComputeType = typename ComputeOf<T>::type;
+using ComputeType = typename ComputeOf<std::remove_const_t<T>>::type;
 
 // `count` rounded up to whole vectors of the widest instruction set: the pitch of a buffer row, on
 // cache lines of its own.
@@ -114,7 +115,7 @@ inline Vec<float> load(const float16* from) {
       _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #elif defined(__AVX512F__) && GRCSF_VECTOR_BYTES == 64
   return bit_cast<Vec<float>>(
-      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #else
   Vec<float> value;
   for (int i = 0; i < lanes<float>; ++i) value[i] = widen(from[i]);
@@ -138,8 +139,9 @@ inline void store(Vec<float> value, float16* to) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                    _mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX512F__) && GRCSF_VECTOR_BYTES == 64
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph(bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(to),
+      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < lanes<float>; ++i) narrow(value[i], to[i]);
 #endif
@@ -149,24 +151,34 @@ inline void store(Vec<float> value, float16* to) {
 // for what is not read again soon. parallel_ranges ends with a barrier, which orders these stores.
 inline void stream_bytes(const void* from, void* to, std::int64_t bytes) {
 #if defined(__SSE2__)
-  if (reinterpret_cast<std::uintptr_t>(to) % 32 == 0 && bytes % 32 == 0) {
+  if (reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && bytes % 16 == 0) {
     const char* source = static_cast<const char*>(from);
     char* target = static_cast<char*>(to);
-    for (std::int64_t i = 0; i < bytes; i += 32) {
+    std::int64_t i = 0;
 #if defined(__AVX__)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
-#else
-      for (int half = 0; half < 32; half += 16) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(target + i + half),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + half)));
+    if (reinterpret_cast<std::uintptr_t>(to) % 32 == 0) {
+      for (; i + 32 <= bytes; i += 32) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
       }
+    }
 #endif
+    for (; i < bytes; i += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
     }
     return;
   }
 #endif
   std::memcpy(to, from, static_cast<std::size_t>(bytes));
+}
+
+// One vector, likewise.
+template <typename A, typename T>
+inline void stream(A value, T* to) {
+  alignas(64) T values[sizeof(A) / sizeof(ComputeType<T>)];
+  store(value, values);
+  stream_bytes(values, to, sizeof values);
 }
 
 // Makes earlier stream_bytes() of this thread visible before anything that follows.

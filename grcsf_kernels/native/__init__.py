@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +88,35 @@ def capsule(tensor: Tensor | None) -> object:
     tensor = tensor.detach()
     return torch.utils.dlpack.to_dlpack(
         tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    )
+
+
+# The codes of DLPack's dtypes.
+_DLPACK_TYPES = {
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+}
+
+
+def result_like(tensor: Tensor) -> Tensor:
+    """An uninitialized tensor of this shape, dtype and layout, for a result.
+
+    Large ones on CPU come from a pool (``csrc/common/pool.h``): clearing fresh pages takes as long
+    as computing what goes there. ``GRCSF_RESULT_POOL=0`` switches it off.
+    """
+    module = library()
+    pooled = (
+        tensor.device.type == "cpu"
+        and tensor.nbytes >= module.pooled_from
+        and os.environ.get("GRCSF_RESULT_POOL", "1") != "0"
+    )
+    if not pooled:
+        return torch.empty_like(tensor)
+    code, bits = _DLPACK_TYPES[tensor.dtype]
+    return torch.utils.dlpack.from_dlpack(
+        module.pooled_tensor(list(tensor.shape), list(tensor.stride()), code, bits)
     )
 
 

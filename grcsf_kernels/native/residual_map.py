@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grcsf_kernels.native import capsule, library, sizes_3d, volume
+from grcsf_kernels.native import capsule, library, result_like, sizes_3d, volume
 
 
 def forward(
@@ -21,7 +21,7 @@ def forward(
     eps: float,
 ) -> Tensor:
     """``residual`` [B, C, *S]; see :func:`grcsf_kernels.residual_map`."""
-    residual = torch.empty_like(image)
+    residual = result_like(image)
     library().residual_map_forward(
         capsule(volume(image)),
         capsule(prediction),
@@ -48,8 +48,8 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of image and prediction (None where not needed)."""
-    grad_image = torch.empty_like(image) if needs[0] else None
-    grad_prediction = torch.empty_like(prediction) if needs[1] else None
+    grad_image = result_like(image) if needs[0] else None
+    grad_prediction = result_like(prediction) if needs[1] else None
     library().residual_map_backward(
         capsule(volume(image)),
         capsule(prediction),

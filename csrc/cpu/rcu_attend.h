@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// rcu on the CPU: attention as a direct sum over residual voxels, for maps of several channels and
+// where a table would not pay. Online softmax, eight keys at a time: no matrix is stored.
+//
+// Queries lie across the lanes of a vector and keys are broadcast, so that nothing is reduced
+// across lanes and the order of every sum is fixed. Rows are packed: `c` rows a head, `pitch`
+// apart.
+#pragma once
+
+#include "cpu/product.h"
+#include "cpu/simd.h"
+
+namespace grcsf {
+namespace {
+
+constexpr int keys_at_once = 8;
+
+// Rows of one map and head.
+template <typename A>
+struct Rows {
+  A* data;
+  std::int64_t pitch;
+
+  A* operator[](std::int64_t row) const { return data + row * pitch; }
+};
+
+// The softmax of the queries so far: the greatest logit, sum exp(logit - greatest), and E as a sum.
+template <typename A>
+struct Softmax {
+  A* greatest;
+  A* total;
+  Rows<A> mean;
+};
+
+// Residual voxels: `count` of them in c rows.
+template <typename A>
+struct Keys {
+  Rows<const A> rows;
+  std::int64_t count;
+};
+
+template <typename A>
+void start_softmax(std::int64_t channels, std::int64_t voxels, const Softmax<A>& state) {
+  const std::int64_t whole = (voxels + lanes<A> - 1) / lanes<A> * lanes<A>;
+  for (std::int64_t v = 0; v < whole; ++v) {
+    state.greatest[v] = -static_cast<A>(__builtin_inf());
+    state.total[v] = 0;
+  }
+  for (std::int64_t c = 0; c < channels; ++c) {
+    for (std::int64_t v = 0; v < whole; ++v) state.mean[c][v] = 0;
+  }
+}
+
+// The logits of one vector of queries against N keys from `key` on.
+template <typename A, int N>
+inline void logits(const Rows<const A>& own, const Rows<const A>& other, std::int64_t channels,
+                   std::int64_t v, std::int64_t key, Vec<A> out[N]) {
+  for (int j = 0; j < N; ++j) out[j] = Vec<A>{};
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const Vec<A> mine = load(own[c] + v);
+    for (int j = 0; j < N; ++j) out[j] += mine * other[c][key + j];
+  }
+}
+
+// Calls body(first, Count) for groups of eight of `count`, then for single ones.
+template <typename Body>
+inline void by_keys(std::int64_t count, Body body) {
+  std::int64_t first = 0;
+  for (; first + keys_at_once <= count; first += keys_at_once) body(first, Count<keys_at_once>());
+  for (; first < count; ++first) body(first, Count<1>());
+}
+
+// Takes more keys into the softmax of `queries`.
+template <typename A>
+void add_keys(const Rows<const A>& queries, std::int64_t channels, std::int64_t voxels,
+              const Keys<A>& keys, const Softmax<A>& state) {
+  for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
+    by_keys(keys.count, [&](std::int64_t key, auto many) {
+      constexpr int N = decltype(many)::value;
+      Vec<A> weight[N];
+      logits<A, N>(queries, keys.rows, channels, v, key, weight);
+      const Vec<A> before = load(state.greatest + v);
+      Vec<A> greatest = before;
+      for (int j = 0; j < N; ++j) greatest = at_least(weight[j], greatest);
+      const Vec<A> fade = exp_of<A>(before - greatest);
+      Vec<A> total = load(state.total + v) * fade;
+      for (int j = 0; j < N; ++j) {
+        weight[j] = exp_of<A>(weight[j] - greatest);
+        total += weight[j];
+      }
+      store(greatest, state.greatest + v);
+      store(total, state.total + v);
+      for (std::int64_t c = 0; c < channels; ++c) {
+        Vec<A> sum = load(state.mean[c] + v) * fade;
+        for (int j = 0; j < N; ++j) sum += weight[j] * keys.rows[c][key + j];
+        store(sum, state.mean[c] + v);
+      }
+    });
+  }
+}
+
+// Turns sums into E, and totals into their inverses.
+template <typename A>
+void end_softmax(std::int64_t channels, std::int64_t voxels, const Softmax<A>& state) {
+  for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
+    const Vec<A> inverse = A(1) / load(state.total + v);
+    store(inverse, state.total + v);
+    for (std::int64_t c = 0; c < channels; ++c) {
+      store(load(state.mean[c] + v) * inverse, state.mean[c] + v);
+    }
+  }
+}
+
+// The sum over channels of grad E * E, one value a query.
+template <typename A>
+void level_of(const Rows<const A>& grad, const Rows<const A>& mean, std::int64_t channels,
+              std::int64_t voxels, A* level) {
+  for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
+    Vec<A> sum{};
+    for (std::int64_t c = 0; c < channels; ++c) sum += load(grad[c] + v) * load(mean[c] + v);
+    store(sum, level + v);
+  }
+}
+
+// Adds what a chunk of keys gives to the gradient of the queries:
+// sum over j of p_j (grad . r_j - level) r_j, p from the finished softmax.
+template <typename A>
+void add_query_gradient(const Rows<const A>& queries, const Rows<const A>& grad, const A* level,
+                        std::int64_t channels, std::int64_t voxels, const Keys<A>& keys,
+                        const Softmax<A>& state, const Rows<A>& out) {
+  for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
+    const Vec<A> greatest = load(state.greatest + v), inverse = load(state.total + v);
+    const Vec<A> base = load(level + v);
+    by_keys(keys.count, [&](std::int64_t key, auto many) {
+      constexpr int N = decltype(many)::value;
+      Vec<A> weight[N], reach[N];
+      logits<A, N>(queries, keys.rows, channels, v, key, weight);
+      logits<A, N>(grad, keys.rows, channels, v, key, reach);
+      for (int j = 0; j < N; ++j) {
+        weight[j] = exp_of<A>(weight[j] - greatest) * inverse * (reach[j] - base);
+      }
+      for (std::int64_t c = 0; c < channels; ++c) {
+        Vec<A> sum = load(out[c] + v);
+        for (int j = 0; j < N; ++j) sum += weight[j] * keys.rows[c][key + j];
+        store(sum, out[c] + v);
+      }
+    });
+  }
+}
+
+// Adds what a chunk of queries gives to the gradient of the keys, which lie across the lanes here:
+// sum over i of p_i (grad_i + (grad_i . r - level_i) a_i).
+template <typename A>
+void add_key_gradient(const Rows<const A>& queries, const Rows<const A>& grad, const A* level,
+                      std::int64_t channels, std::int64_t count, const Softmax<A>& state,
+                      const Rows<const A>& keys, std::int64_t voxels, const Rows<A>& out) {
+  for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
+    by_keys(count, [&](std::int64_t query, auto many) {
+      constexpr int N = decltype(many)::value;
+      Vec<A> weight[N], reach[N];
+      logits<A, N>(keys, queries, channels, v, query, weight);
+      logits<A, N>(keys, grad, channels, v, query, reach);
+      for (int i = 0; i < N; ++i) {
+        weight[i] = exp_of<A>(weight[i] - state.greatest[query + i]) * state.total[query + i];
+        reach[i] = weight[i] * (reach[i] - level[query + i]);
+      }
+      for (std::int64_t c = 0; c < channels; ++c) {
+        Vec<A> sum = load(out[c] + v);
+        for (int i = 0; i < N; ++i) {
+          sum += weight[i] * grad[c][query + i] + reach[i] * queries[c][query + i];
+        }
+        store(sum, out[c] + v);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace grcsf
