@@ -2,10 +2,11 @@
 // residual_map on the CPU, forward and backward.
 //
 // One patch at a time: its voxels are gathered into token order in a buffer that stays in cache
-// (P * C values), every draw's token streams past it once, and the result is scattered back. So
-// each prediction is read once, image and residual once, in long runs; the token order only costs
-// a shuffle inside the cache. Patches are independent: threads share nothing, and the bits do not
-// depend on their number.
+// (P * C values), the tokens of all draws stream past it together, and the result is scattered
+// back. So each prediction is read once, image and residual once, in long runs; the token order
+// only costs a shuffle inside the cache. Patches are independent: threads share nothing, and the
+// bits do not depend on their number. The gradient of the predictions is as large as they are, and
+// is written past the cache: else every line of it would be read first.
 //
 // Bytes: forward N * V * C predictions + 2 * V * C of image; backward twice the predictions and
 // 3 * V * C of image.
@@ -14,20 +15,25 @@
 // else has internal linkage (see half.h).
 #include "cpu/residual_map.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
-#include "common/half.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
+#include "cpu/layout.h"
+#include "cpu/simd.h"
 
 namespace grcsf {
 namespace GRCSF_ISA {
 namespace {
 
-// Sums are taken in float, in double for double data.
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// Values that are converted before they are written.
+constexpr std::int64_t staged = 512;
+// A result of so many values is too large to stay in the cache.
+constexpr std::int64_t past_cache_from = 2 << 20;
 
 struct Geometry {
   std::int64_t draws, batch, channels, tokens, values;  // values: P * C of one token
@@ -78,12 +84,12 @@ bool rows_are_runs(const TensorView& view, const Geometry& g) {
 
 template <typename T>
 void gather(const TensorView& view, const Geometry& g, std::int64_t b, std::int64_t token,
-            Compute<T>* __restrict out) {
+            ComputeType<T>* __restrict out) {
   const T* data = static_cast<const T*>(view.data);
   const bool runs = rows_are_runs(view, g);
   for_each_row(view, g, b, token, [&](std::int64_t row, std::int64_t values) {
     const T* __restrict from = data + row;
-    Compute<T>* __restrict to = out + values;
+    ComputeType<T>* __restrict to = out + values;
     if (runs) {
       const std::int64_t length = g.patch[2] * g.channels;
       for (std::int64_t i = 0; i < length; ++i) to[i] = widen(from[i]);
@@ -97,17 +103,33 @@ void gather(const TensorView& view, const Geometry& g, std::int64_t b, std::int6
   });
 }
 
+// Asks for the image of the patch after this one: a row of a patch is a cache line or two, too
+// short for the hardware to foresee the next.
 template <typename T>
-void scatter(const Compute<T>* __restrict in, const Geometry& g, std::int64_t b, std::int64_t token,
-             const TensorView& view) {
+void prefetch_next(const TensorView& view, const Geometry& g, std::int64_t b, std::int64_t token) {
+  if (token + 1 == g.tokens || !rows_are_runs(view, g)) return;
+  const T* data = static_cast<const T*>(view.data);
+  const std::int64_t bytes = g.patch[2] * g.channels * static_cast<std::int64_t>(sizeof(T));
+  for_each_row(view, g, b, token + 1,
+               [&](std::int64_t row, std::int64_t) { prefetch_bytes(data + row, bytes); });
+}
+
+// The inverse of gather(); large results are written past the cache.
+template <typename T>
+void scatter(const ComputeType<T>* __restrict in, const Geometry& g, std::int64_t b,
+             std::int64_t token, const TensorView& view) {
   T* data = static_cast<T*>(view.data);
   const bool runs = rows_are_runs(view, g);
+  const bool past_cache = g.batch * g.tokens * g.values >= past_cache_from;
   for_each_row(view, g, b, token, [&](std::int64_t row, std::int64_t values) {
     T* __restrict to = data + row;
-    const Compute<T>* __restrict from = in + values;
+    const ComputeType<T>* __restrict from = in + values;
     if (runs) {
       const std::int64_t length = g.patch[2] * g.channels;
-      for (std::int64_t i = 0; i < length; ++i) narrow(from[i], to[i]);
+      alignas(64) T stage[staged];
+      for (std::int64_t i = 0; i < length; i += staged) {
+        write_run<T>(from + i, std::min(staged, length - i), to + i, past_cache, stage);
+      }
     } else {
       for (std::int64_t c = 0; c < g.channels; ++c) {
         for (std::int64_t x = 0; x < g.patch[2]; ++x) {
@@ -127,15 +149,26 @@ struct Target {
 
 template <typename A>
 Target<A> statistics(const A* __restrict image, std::int64_t values, double eps) {
-  double sum = 0;
+  const auto count = static_cast<double>(values);
+  // About the first value, which is at most sqrt(values) standard deviations from the mean: what
+  // cancels in the variance costs no more than 16 bits of a double, which float data does not miss.
+  double about = std::is_same_v<A, double> ? 0.0 : static_cast<double>(image[0]);
+  double sum = 0, squares = 0;
+  if constexpr (std::is_same_v<A, double>) {
 #pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < values; ++i) sum += image[i];
-  const double mean = sum / static_cast<double>(values);
-  double squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (std::int64_t i = 0; i < values; ++i) squares += (image[i] - mean) * (image[i] - mean);
-  const double variance = squares / static_cast<double>(values - 1);
-  return {static_cast<A>(std::sqrt(variance + eps)), static_cast<A>(mean)};
+    for (std::int64_t i = 0; i < values; ++i) sum += image[i];
+    about = sum / count;
+    sum = 0;
+  }
+#pragma omp simd reduction(+ : sum, squares)
+  for (std::int64_t i = 0; i < values; ++i) {
+    const double difference = image[i] - about;
+    sum += difference;
+    squares += difference * difference;
+  }
+  const double variance = (squares - sum * sum / count) / static_cast<double>(values - 1);
+  const double bounded = variance < 0 ? 0 : variance;
+  return {static_cast<A>(std::sqrt(bounded + eps)), static_cast<A>(about + sum / count)};
 }
 
 // The sign of a difference; NaN stays NaN, as in torch.sgn.
@@ -184,31 +217,65 @@ void add_predictions(const Draws<P>& draws, std::int64_t values, A* __restrict t
   }
 }
 
+// Draws whose tokens are read at the same time.
+constexpr int together = 8;
+
+// Adds |image - reconstruction| of N draws to `total`.
+template <int N, typename P, typename A>
+void add_residuals_of(const P* const* tokens, std::int64_t values, const A* __restrict image,
+                      const Target<A>& target, A* __restrict total) {
+  std::int64_t i = 0;
+  if constexpr (std::is_same_v<ComputeType<P>, A>) {
+    for (; i + lanes<A> <= values; i += lanes<A>) {
+      const Vec<A> own = load(image + i) - target.offset;
+      Vec<A> sum = load(total + i);
+      for (int n = 0; n < N; ++n) {
+        const Vec<A> difference = own - load(tokens[n] + i) * target.scale;
+        sum += difference < 0 ? -difference : difference;
+      }
+      store(sum, total + i);
+    }
+  }
+  for (; i < values; ++i) {
+    const A own = image[i] - target.offset;
+    for (int n = 0; n < N; ++n) {
+      total[i] += std::fabs(own - static_cast<A>(widen(tokens[n][i])) * target.scale);
+    }
+  }
+}
+
+template <typename P, typename A>
+void add_residuals(const P* const* tokens, int count, std::int64_t values, const A* image,
+                   const Target<A>& target, A* total) {
+  int first = 0;
+  for (; first + 4 <= count; first += 4) {
+    add_residuals_of<4>(tokens + first, values, image, target, total);
+  }
+  if (count - first == 3) add_residuals_of<3>(tokens + first, values, image, target, total);
+  if (count - first == 2) add_residuals_of<2>(tokens + first, values, image, target, total);
+  if (count - first == 1) add_residuals_of<1>(tokens + first, values, image, target, total);
+}
+
 // Runs body(patch, buffers) for every patch, with `buffers` * values values for each thread.
 template <typename A, typename Body>
 void for_each_patch(const ResidualMapArguments& arguments, const Geometry& g, int buffers,
                     Body body) {
   const int threads = arguments.threads < 1 ? 1 : arguments.threads;
-  const Workspace<A> space(threads, buffers * g.values);
-  struct Context {
-    Body& body;
-    const Workspace<A>& space;
-  } context{body, space};
-  parallel_ranges(
-      g.batch * g.tokens, threads,
-      [](void* data, std::int64_t begin, std::int64_t end, int thread) {
-        auto& own = *static_cast<Context*>(data);
-        for (std::int64_t patch = begin; patch < end; ++patch) {
-          own.body(patch, own.space.piece(thread));
-        }
-      },
-      &context);
+  // A vector is read beyond the end where values are converted.
+  const Workspace<A> space(threads, buffers * g.values + 16);
+  parallel_for(g.batch * g.tokens, threads, [&](std::int64_t begin, std::int64_t end, int thread) {
+    for (std::int64_t patch = begin; patch < end; ++patch) {
+      body(patch, space.piece(thread));
+    }
+    end_of_stream();
+  });
 }
 
 template <typename T, typename P>
 void forward(const ResidualMapArguments& arguments) {
-  using A = Compute<T>;
+  using A = ComputeType<T>;
   const Geometry g = geometry_of(arguments);
+  expect_whole_write(arguments.residual);
   auto body = [&](std::int64_t patch, A* buffers) {
     const std::int64_t b = patch / g.tokens, token_index = patch % g.tokens;
     A* __restrict image = buffers;
@@ -217,6 +284,7 @@ void forward(const ResidualMapArguments& arguments) {
     const std::int64_t count = draws.count();
     const A share = count == 0 ? A(0) : A(1) / static_cast<A>(count);
     gather<T>(arguments.image, g, b, token_index, image);
+    prefetch_next<T>(arguments.image, g, b, token_index);
     Target<A> target;
     if (arguments.normalized_target) target = statistics(image, g.values, arguments.eps);
 
@@ -228,13 +296,13 @@ void forward(const ResidualMapArguments& arguments) {
       }
     } else {
       for (std::int64_t i = 0; i < g.values; ++i) total[i] = 0;
+      const P* tokens[together];
+      int held = 0;
       for (std::int64_t draw = 0; draw < g.draws; ++draw) {
-        if (!draws.counts(draw)) continue;
-        const P* __restrict token = draws.token(draw);
-        for (std::int64_t i = 0; i < g.values; ++i) {
-          const A shown = static_cast<A>(widen(token[i])) * target.scale + target.offset;
-          total[i] += std::fabs(image[i] - shown);
-        }
+        if (draws.counts(draw)) tokens[held++] = draws.token(draw);
+        if (held < together && draw + 1 < g.draws) continue;
+        add_residuals(tokens, held, g.values, image, target, total);
+        held = 0;
       }
       for (std::int64_t i = 0; i < g.values; ++i) total[i] *= share;
     }
@@ -245,9 +313,12 @@ void forward(const ResidualMapArguments& arguments) {
 
 template <typename T, typename P>
 void backward(const ResidualMapArguments& arguments) {
-  using A = Compute<T>;
+  using A = ComputeType<T>;
   const Geometry g = geometry_of(arguments);
   const bool wants_prediction = arguments.grad_prediction.data != nullptr;
+  const bool past_cache = g.draws * g.batch * g.tokens * g.values >= past_cache_from;
+  expect_whole_write(arguments.grad_prediction);
+  expect_whole_write(arguments.grad_image);
   auto body = [&](std::int64_t patch, A* buffers) {
     const std::int64_t b = patch / g.tokens, token_index = patch % g.tokens;
     A* __restrict image = buffers;
@@ -276,42 +347,36 @@ void backward(const ResidualMapArguments& arguments) {
         grad_offset -= reaching;
       }
     }
-    for (std::int64_t draw = 0; draw < g.draws; ++draw) {
-      P* __restrict grad_token = wants_prediction ? grads.token(draw) : nullptr;
-      if (!draws.counts(draw)) {
-        if (wants_prediction) {
-          for (std::int64_t i = 0; i < g.values; ++i) narrow(A(0), grad_token[i]);
-        }
-        continue;
-      }
-      if (arguments.average_reconstructions) {
-        if (wants_prediction) {
+    // A few values of all draws at a time: image, grad and total stay in the first-level cache.
+    for (std::int64_t begin = 0; begin < g.values; begin += staged) {
+      const std::int64_t end = std::min(g.values, begin + staged);
+      for (std::int64_t draw = 0; draw < g.draws; ++draw) {
+        alignas(64) P stage[staged];
+        const P* __restrict token = draws.token(draw);
+        if (!draws.counts(draw)) {
+          if (!wants_prediction) continue;
+          for (std::int64_t i = begin; i < end; ++i) narrow(A(0), stage[i - begin]);
+        } else if (arguments.average_reconstructions) {
           const A factor = -share * target.scale;
-          for (std::int64_t i = 0; i < g.values; ++i) narrow(total[i] * factor, grad_token[i]);
-        }
-        continue;
-      }
-      const P* __restrict token = draws.token(draw);
-      if (wants_prediction) {
+          for (std::int64_t i = begin; i < end; ++i) narrow(total[i] * factor, stage[i - begin]);
+        } else {
 #pragma omp simd reduction(+ : grad_scale, grad_offset)
-        for (std::int64_t i = 0; i < g.values; ++i) {
-          const A value = static_cast<A>(widen(token[i]));
-          const A shown = value * target.scale + target.offset;
-          const A reaching = grad[i] * share * sign(image[i] - shown);
-          total[i] += reaching;
-          grad_scale -= reaching * value;
-          grad_offset -= reaching;
-          narrow(-reaching * target.scale, grad_token[i]);
+          for (std::int64_t i = begin; i < end; ++i) {
+            const A value = static_cast<A>(widen(token[i]));
+            const A shown = value * target.scale + target.offset;
+            const A reaching = grad[i] * share * sign(image[i] - shown);
+            total[i] += reaching;
+            grad_scale -= reaching * value;
+            grad_offset -= reaching;
+            narrow(-reaching * target.scale, stage[i - begin]);
+          }
         }
-      } else {
-#pragma omp simd reduction(+ : grad_scale, grad_offset)
-        for (std::int64_t i = 0; i < g.values; ++i) {
-          const A value = static_cast<A>(widen(token[i]));
-          const A shown = value * target.scale + target.offset;
-          const A reaching = grad[i] * share * sign(image[i] - shown);
-          total[i] += reaching;
-          grad_scale -= reaching * value;
-          grad_offset -= reaching;
+        if (!wants_prediction) continue;
+        const std::int64_t bytes = (end - begin) * static_cast<std::int64_t>(sizeof(P));
+        if (past_cache) {
+          stream_bytes(stage, grads.token(draw) + begin, bytes);
+        } else {
+          std::memcpy(grads.token(draw) + begin, stage, static_cast<std::size_t>(bytes));
         }
       }
     }
