@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import grcsf_kernels
+from grcsf_kernels import native
 from grcsf_kernels.dispatch import BACKENDS, OPERATORS, why_not
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -50,6 +52,29 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
     )
 
 
+def run_native(code: str, *arguments: str, isa: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` with ``_C`` on an instruction set, in an interpreter that never loads torch."""
+    load = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_C', {native.library().__file__!r})\n"
+        "_C = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(_C)\n"
+    )
+    return run_python(load + code, *arguments, GRCSF_CPU_ISA=isa)
+
+
+def _isas() -> list[Any]:
+    """Instruction sets of the CPU kernels to test: portable, AVX2, and the widest that there is."""
+    if why_not("cpu", "gcu", "cpu"):
+        return []
+    lacks = pytest.mark.skipif(
+        run_native("print(_C.isa())", isa="avx2").stdout.strip() != "avx2",
+        reason="this processor lacks AVX2, FMA or F16C",
+    )
+    return ["portable", pytest.param("avx2", marks=lacks), pytest.param("", id="widest")]
+
+
+ISAS = _isas()
 ALL_RUNS = [(op, *run) for op in OPERATORS for run in runs_on(op)]
 
 
@@ -201,3 +226,30 @@ def example(
         options,
         data,
     )
+
+
+def values_and_gradients(operator: str, backend: str) -> list[list[Tensor]]:
+    """Results of an operator and its gradients for random incoming ones, by dtype of ``DTYPES``.
+
+    The reference computes in float64, from the same rounded arguments.
+    """
+    found = []
+    for dtype in DTYPES:
+        case = example(operator, dtype=dtype)
+        if backend == "reference":
+            case.arguments = [
+                a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+                for a in case.arguments
+            ]
+        case.requires_grad()
+        generator = torch.Generator().manual_seed(1)
+        with grcsf_kernels.use_backend(backend):
+            outputs = case()
+            # Rounded to the data's dtype, of which scores are not: exact in either.
+            grads = [
+                torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype).to(o)
+                for o in outputs
+            ]
+            gradients = torch.autograd.grad(outputs, case.tensors(), grads)
+        found.append([o.detach() for o in (*outputs, *gradients)])
+    return found

@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import DTYPES, assert_close, example, run_python
+from support import (
+    DTYPES,
+    ISAS,
+    OPERATORS,
+    assert_close,
+    example,
+    run_native,
+    run_python,
+    values_and_gradients,
+)
 
 import grcsf_kernels
 from grcsf_kernels import native
@@ -20,13 +29,10 @@ from grcsf_kernels import native
 def test_the_module_knows_nothing_of_torch():
     """It imports in an interpreter that never loads torch, and links none of its libraries."""
     path = native.library().__file__
-    result = run_python(
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('_C', {path!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
+    result = run_native(
         "assert 'torch' not in sys.modules\n"
-        "assert module.operators()['cpu'] == ('residual_map',)\n"
+        "assert _C.operators()['cpu'] == ('residual_map', 'gcu', 'rcu')\n",
+        isa="",
     )
     assert result.returncode == 0, result.stderr
     if shutil.which("ldd"):
@@ -69,36 +75,34 @@ def test_no_more_threads_than_torch_has(threads):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("isa", ["portable", ""])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa, tmp_path):
-    """The portable kernels too are run and hold the bar, whatever this processor has."""
+    """Whatever this processor has, each set holds the bar: every operator, dtype and gradient."""
     path = tmp_path / "found.pt"
     result = run_python(
         "import sys, torch\n"
-        "sys.path.insert(0, 'tests')\n"
-        "import grcsf_kernels\n"
+        "isa, tests, path = sys.argv[1:]\n"
+        "sys.path.insert(0, tests)\n"
         "from grcsf_kernels import native\n"
-        "from support import DTYPES, example\n"
-        f"assert {isa!r} in ('', native.library().isa())\n"
-        "found = []\n"
-        "with grcsf_kernels.use_backend('cpu'):\n"
-        "    for dtype in DTYPES:\n"
-        "        call = example('residual_map', dtype=dtype).requires_grad()\n"
-        "        out = call()[0]\n"
-        "        out.sum().backward()\n"
-        "        found.append([out.detach(), call.arguments[0].grad, call.arguments[1].grad])\n"
-        f"torch.save(found, {str(path)!r})\n",
+        "from support import OPERATORS, values_and_gradients\n"
+        "assert isa in ('', native.library().isa())\n"
+        "torch.save([values_and_gradients(o, 'cpu') for o in OPERATORS], path)\n",
+        *(isa, str(Path(__file__).resolve().parent.parent), str(path)),
         GRCSF_CPU_ISA=isa,
     )
     assert result.returncode == 0, result.stderr
-    for dtype, found in zip(DTYPES, torch.load(path), strict=True):
-        call = example("residual_map", dtype=dtype).requires_grad()
-        with grcsf_kernels.use_backend("reference"):
-            out = call()[0]
-            out.sum().backward()
-        expected = (out, call.arguments[0].grad, call.arguments[1].grad)
-        for one, two in zip(expected, found, strict=True):
-            assert_close(two, one, dtype, gradient=True)
+    for operator, found in zip(OPERATORS, torch.load(path), strict=True):
+        exact = values_and_gradients(operator, "reference")
+        for dtype, ones, twos in zip(DTYPES, exact, found, strict=True):
+            for index, (one, two) in enumerate(zip(ones, twos, strict=True)):
+                what = f"{operator} {dtype} {index}"
+                assert_close(two, one, dtype, gradient=True, what=what)
+
+
+def test_an_unknown_instruction_set_is_named():
+    result = run_native("print(_C.isa())", isa="sse9")
+    assert result.returncode != 0
+    assert "GRCSF_CPU_ISA is 'sse9', expected portable, avx2 or avx512" in result.stderr
 
 
 def test_half_precision_conversions_are_those_of_torch():

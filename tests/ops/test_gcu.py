@@ -110,6 +110,43 @@ def test_sizes_of_a_network(backend, device, dtype):
 
 
 @on_every_backend
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("spaces", "channels"),
+    [
+        pytest.param(((5, 600), (3, 300)), 64, id="rows_in_blocks_doubled"),
+        pytest.param(((4, 601), (2, 233)), 64, id="rows_in_blocks_of_odd_sizes"),
+        pytest.param(((3, 4, 300), (2, 2, 151)), 130, id="rows_in_many_blocks"),
+        pytest.param(((2, 9, 34), (1, 5, 17)), 5, id="depth_2"),
+        pytest.param(((3, 8, 32), (2, 4, 16)), 5, id="depth_3"),
+        pytest.param(((4, 7, 18), (2, 4, 9)), 5, id="depth_4"),
+        pytest.param(((5, 6, 21), (9, 11, 40)), 6, id="deep_is_larger"),
+        pytest.param(((6, 300), (2, 701)), 40, id="deep_is_longer_in_rows_of_blocks"),
+        pytest.param(((6, 7, 20), (6, 7, 20)), 4, id="equal_sizes"),
+        pytest.param(((6, 7, 20), (1, 4, 1)), 4, id="deep_of_one_row"),
+        pytest.param(((6, 7, 20), (3, 1, 10)), 4, id="deep_of_one_column"),
+        pytest.param(((6, 7, 20), (1, 1, 1)), 4, id="deep_of_one_voxel"),
+        pytest.param(((1, 1, 1), (4, 3, 5)), 4, id="one_voxel"),
+    ],
+)
+def test_sizes_that_take_different_paths(backend, device, spaces, channels, dtype, layout):
+    """Rows are cut into blocks where channels are many; batch 3, whose samples share no row."""
+    arguments = make(*spaces, channels, 3, dtype, device)
+    arguments[:2] = [LAYOUTS[layout](a.detach()).requires_grad_() for a in arguments[:2]]
+    check(backend, arguments, dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_dtypes_in_blocks_of_rows(backend, device, dtype, layout):
+    arguments = make((3, 599), (2, 300), 64, 1, dtype, device)
+    arguments[:2] = [LAYOUTS[layout](a.detach()).requires_grad_() for a in arguments[:2]]
+    check(backend, arguments, dtype)
+
+
+@on_every_backend
 @pytest.mark.parametrize("spaces", [((70, 9, 65), (23, 4, 33)), ((301, 97), (100, 48))])
 def test_positions_are_exact_at_large_odd_sizes(backend, device, spaces):
     """Interpolation positions rounded to float32 would show in the worst voxel."""

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``rcu`` over shapes that take different paths through a kernel, against the reference in float64.
+
+The CPU kernel works patch by patch where patches are small and many, and with all threads on one
+patch where it is large (``patch_by_patch`` in ``csrc/cpu/rcu_patch.h``); the map's gradient comes
+from a table where maps have one channel, else from the direct sum.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import DTYPES, LAYOUTS, assert_close, runs_on
+
+from grcsf_kernels import rcu, use_backend
+from grcsf_kernels.ops.rcu import WEIGHTS
+
+RUNS = [run for run in runs_on("rcu") if run[0] != "reference"]
+on_every_backend = pytest.mark.parametrize(("backend", "device"), RUNS)
+NAMES = ("x", "residual", *WEIGHTS)
+
+# space, patch, and (C, heads, maps, channels of a map)
+SMALL = {
+    "edges_of_odd_widths": ((13, 11, 17), 5, (4, 2, 2, 1)),
+    "a_different_patch_on_each_axis": ((7, 17, 33), (3, 8, 16), (3, 5, 1, 1)),
+    "one_channel_one_head_one_map": ((9, 10, 12), 4, (1, 1, 1, 1)),
+    "one_channel_of_many_map_channels": ((8, 6, 9), (4, 3, 5), (1, 2, 1, 16)),
+    "many_channels_three_maps": ((8, 7, 10), 4, (33, 1, 3, 1)),
+    "two_map_channels": ((9, 8, 13), (5, 4, 6), (3, 5, 3, 2)),
+    "a_flat_image": ((37, 70), (16, 33), (3, 2, 2, 1)),
+    "rows_of_one_voxel": ((12, 9, 1), (4, 3, 1), (4, 2, 1, 1)),
+    "patches_of_one_voxel": ((3, 4, 5), 1, (3, 5, 2, 2)),
+    "patches_beyond_the_volume": ((5, 4, 6), (8, 2, 100), (5, 1, 1, 1)),
+}
+LARGE = {
+    "several_chunks": ((11, 13, 17), None, (16, 2, 2, 1)),
+    "several_chunks_and_map_channels": ((11, 13, 9), None, (16, 1, 2, 2)),
+    "few_channels": ((19, 17, 18), None, (3, 1, 1, 1)),
+    "many_channels": ((9, 8, 7), None, (33, 5, 3, 1)),
+    "sixteen_map_channels": ((8, 8, 9), None, (33, 1, 1, 16)),
+    "large_patches_with_small_edges": ((9, 10, 21), (9, 10, 16), (16, 2, 1, 1)),
+    "rows_longer_than_a_chunk": ((2, 1500), None, (6, 1, 1, 1)),
+}
+SHAPES = [pytest.param(*shape, id=name) for name, shape in (SMALL | LARGE).items()]
+
+
+def make(space, sizes, dtype=torch.float32, device="cpu", batch=2, layout="contiguous", seed=0):
+    """Random arguments; queries of about one, so that softmax is neither flat nor a maximum."""
+    channels, heads, maps, map_channels = sizes
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def random(*shape, dtype=wide, scale=1.0):
+        value = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return value.to(device, dtype)
+
+    hidden, narrow = 5, 1 / math.sqrt(channels)
+    x = LAYOUTS[layout](random(batch, channels, *space, dtype=dtype))
+    arguments = [
+        x,
+        # Residuals are never negative.
+        random(batch, maps, map_channels, *space, dtype=dtype).abs(),
+        random(maps, heads, map_channels, channels, scale=narrow),
+        random(maps, heads, map_channels),
+        random(maps, channels, heads, map_channels),
+        random(maps, channels),
+        random(hidden, channels + maps * map_channels, scale=narrow),
+        random(batch, hidden),
+        random(hidden),
+        random(),
+    ]
+    return [argument.requires_grad_() for argument in arguments]
+
+
+def results(arguments, patch, grads, needs=NAMES):
+    """Outputs, and by name the gradients that ``needs`` names."""
+    found = rcu(*arguments, patch_size=patch)
+    leaves = [a for name, a in zip(NAMES, arguments, strict=True) if name in needs]
+    grads = [grad.to(own) for grad, own in zip(grads, found, strict=True)]
+    return found, torch.autograd.grad(found, leaves, grads)
+
+
+def check(backend, arguments, patch, dtype, needs=NAMES):
+    """Outputs and gradients are those of the reference for the same arguments in float64."""
+    exact = [a.detach().double().requires_grad_() for a in arguments]
+    generator = torch.Generator().manual_seed(1)
+    with use_backend("reference"):
+        shapes = [o.shape for o in rcu(*exact, patch_size=patch)]
+        # Mostly positive: the gradients of biases are sums that must not cancel to nothing.
+        grads = [
+            (torch.randn(shape, generator=generator) + 0.5).to(arguments[0].device, dtype)
+            for shape in shapes
+        ]
+        expected, expected_grads = results(exact, patch, grads, needs)
+    with use_backend(backend):
+        found, found_grads = results(arguments, patch, grads, needs)
+    for name, one, two in zip(("out", "scores"), expected, found, strict=True):
+        assert_close(two, one, dtype, what=name)
+    names = [name for name in NAMES if name in needs]
+    for name, one, two in zip(names, expected_grads, found_grads, strict=True):
+        assert_close(two, one, dtype, gradient=True, what=f"gradient of {name}")
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("space", "patch", "sizes"), SHAPES)
+def test_every_path_gives_the_reference(backend, device, space, patch, sizes, layout, dtype):
+    check(backend, make(space, sizes, dtype, device, layout=layout), patch, dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "name", ["edges_of_odd_widths", "two_map_channels", "several_chunks", "many_channels"]
+)
+def test_half_dtypes_on_every_path(backend, device, name, layout, dtype):
+    space, patch, sizes = (SMALL | LARGE)[name]
+    check(backend, make(space, sizes, dtype, device, layout=layout), patch, dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", ["edges_of_odd_widths", "two_map_channels", "several_chunks"])
+def test_a_frozen_map_changes_no_other_gradient(backend, device, name):
+    """Without the gradient of the map, the usual case, another path runs."""
+    space, patch, sizes = (SMALL | LARGE)[name]
+    arguments = make(space, sizes, torch.float32, device)
+    arguments[1].requires_grad_(False)
+    needs = tuple(n for n in NAMES if n != "residual")
+    check(backend, arguments, patch, torch.float32, needs)
+
+
+@on_every_backend
+def test_global_attention_over_a_volume(backend, device):
+    """24^3 voxels of 32 channels in one patch: the attention matrix has 191 million entries."""
+    arguments = make((24, 24, 24), (32, 1, 1, 1), torch.float32, device, batch=1)
+    check(backend, arguments, None, torch.float32)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_patches_of_a_network(backend, device, dtype):
+    """32 channels, 4 heads, 2 maps in patches of 8: the sizes the kernels are made for."""
+    check(backend, make((16, 24, 24), (32, 4, 2, 1), dtype, device, batch=1), 8, dtype)
+
+
+@on_every_backend
+def test_a_batch_of_samples_is_its_samples(backend, device):
+    """No sample sees another, in the small and in the large path."""
+    for patch in (4, None):
+        arguments = make((9, 11, 13), (16, 2, 1, 1), torch.float64, device, batch=3)
+        with use_backend(backend):
+            together = rcu(*arguments, patch_size=patch)
+            for i in range(3):
+                own = [a[i : i + 1] for a in arguments[:2]] + arguments[2:]
+                own[NAMES.index("score_bias1")] = arguments[NAMES.index("score_bias1")][i : i + 1]
+                alone = rcu(*own, patch_size=patch)
+                for one, two in zip(alone, together, strict=True):
+                    assert_close(two[i : i + 1], one, torch.float64, what=f"{patch} {i}")
