@@ -9,13 +9,21 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench gpu-check clean
+.PHONY: demo test sanitize sanitize-quick lint format bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+# The CPU kernels under address and undefined, or with SANITIZER=thread: about 15 minutes on two
+# cores. The quick form is what guards main.
+sanitize: $(VENV)/.installed
+	$(BIN)/python tests/native/sanitize.py $(if $(SANITIZER),--sanitizer $(SANITIZER))
+
+sanitize-quick: $(VENV)/.installed
+	$(BIN)/python tests/native/sanitize.py --quick
 
 # The whole suite, then the report: about 80 minutes on two cores. BENCH="--quick" takes minutes.
 bench: $(VENV)/.installed

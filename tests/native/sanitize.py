@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels built with sanitizers, and tested: ``make sanitize``, ``make sanitize-quick``.
+
+*address* (with undefined): ``_C`` is built into ``build/sanitize`` beside a copy of the package's
+Python files, and the tests of the operators run on that copy, for AVX2 and for portable vectors of
+64 bytes, which are those of AVX-512 on any processor. First a buffer is overrun on purpose: without
+a report of it nothing below would mean anything.
+
+*thread*: a program of its own (``races.cpp``), since OpenMP's runtime can't be seen into.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUILD = ROOT / "build/sanitize"
+PACKAGE = BUILD / "package"
+
+CHECK = """
+import ctypes, pathlib, sys
+from grcsf_kernels import native
+path = pathlib.Path(native.library().__file__)
+assert path.is_relative_to(sys.argv[1]), f"{path} is not the sanitized build"
+assert b"__asan_report_store" in path.read_bytes(), f"{path} was not built with sanitizers"
+assert ctypes.CDLL(None).__asan_init, "the sanitizer is not in this process"
+print(f"{path.relative_to(sys.argv[1])} runs on {native.library().isa()} under the sanitizer")
+"""
+OVERRUN = """
+import torch
+from grcsf_kernels import native
+values = torch.zeros(64)
+native.library().exponential(native.capsule(values), native.capsule(torch.zeros(48)))
+"""
+
+# Checks of every pointer take most of the time to compile; addresses are checked anyway.
+CHEAP = "address;bounds;shift;signed-integer-overflow;integer-divide-by-zero;bool;return"
+
+# What the quick form leaves out: properties of torch's machinery, what differs in values only, and
+# the largest of sizes that take the same path.
+SLOW = (
+    "opcheck or gradcheck or same_bits or extreme or layout or errors or empty or global or limits "
+    "or space1 or patch1 or few_channels or many_patches or threads"
+)
+
+
+def run(command: list[str], **environment: str) -> None:
+    """Run a step; the first that fails ends everything."""
+    result = subprocess.run(command, cwd=PACKAGE, env=os.environ | environment, check=False)
+    if result.returncode:
+        raise SystemExit(f"failed ({result.returncode}): {' '.join(command)}")
+
+
+def build(name: str, sanitizers: str, target: str, *options: str) -> Path:
+    """Build one target; the folder it lies in."""
+    folder = BUILD / name
+    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if cmake is None:
+        raise SystemExit("cmake was not found")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    PACKAGE.mkdir(parents=True, exist_ok=True)
+    run(
+        [
+            *(cmake, "-S", str(ROOT), "-B", str(folder), *generator),
+            *("-DCMAKE_BUILD_TYPE=Debug", f"-DGRCSF_SANITIZE={sanitizers}"),
+            *options,
+            *("-DGRCSF_BUILD_CUDA=0", "-DGRCSF_PORTABLE_VECTOR_BYTES=64"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+    )
+    run([cmake, "--build", str(folder), "--target", target, "--parallel"])
+    return folder
+
+
+def copy_package(folder: Path) -> None:
+    """The package's Python files, beside the sanitized ``_C``."""
+    target = PACKAGE / "grcsf_kernels"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(
+        ROOT / "grcsf_kernels", target, ignore=shutil.ignore_patterns("_C.*", "__pycache__")
+    )
+    shutil.copy2(folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", target)
+
+
+def library(name: str) -> str:
+    """The path of a library of the compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, f"-print-file-name={name}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(found):
+        raise SystemExit(f"{compiler} has no {name}")
+    return os.path.realpath(found)
+
+
+def check_addresses(quick: bool) -> None:
+    """The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if quick:
+        copy_package(build("quick", CHEAP, "_C", "-DGRCSF_BUILD_X86=OFF"))
+    else:
+        copy_package(build("address", "address;undefined", "_C"))
+    environment = {
+        # libstdc++ too: Python does not link it, and exceptions are looked up at the start.
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=32",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(PACKAGE),
+        "CI": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", OVERRUN],
+        env=os.environ | environment,
+        cwd=PACKAGE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode == 0 or "heap-buffer-overflow" not in result.stderr:
+        raise SystemExit(f"the sanitizer did not report an overrun buffer:\n{result.stderr}")
+
+    # Only the native backend: the parameters of the operators' tests are named backend-device.
+    chosen = f"cpu-cpu and not ({SLOW})" if quick else "cpu-cpu or bits_do_not_depend"
+    tests = [str(ROOT / "tests/ops"), str(ROOT / "tests/native/test_threads.py")]
+    for isa in ("portable",) if quick else ("portable", "avx2"):
+        run([sys.executable, "-c", CHECK, str(PACKAGE)], GRCSF_CPU_ISA=isa, **environment)
+        pytest = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml")]
+        # What a sanitizer prints as it ends the process goes past --capture=sys.
+        pytest += ["-x", "--capture=sys", "-k", chosen, *tests]
+        run(pytest, GRCSF_CPU_ISA=isa, **environment)
+
+
+def check_races() -> None:
+    """Every kernel under ThreadSanitizer."""
+    program = str(build("thread", "thread", "races") / "races")
+    raced = subprocess.run([program, "race"], capture_output=True, text=True, check=False)
+    if raced.returncode == 0 or "data race" not in raced.stderr:
+        raise SystemExit(f"the sanitizer did not report a race:\n{raced.stderr}")
+    run([program])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="minutes: a part, portable only")
+    parser.add_argument("--sanitizer", choices=("address", "thread"), default="address")
+    options = parser.parse_args()
+    if options.sanitizer == "thread":
+        check_races()
+    else:
+        check_addresses(options.quick)
