@@ -24,14 +24,24 @@ def test_every_stage_runs_and_is_reported(tmp_path, capsys):
     for network in result["networks"].values():
         assert len(network["cases"]) == 2 and 0 <= network["mean"]["dice"] <= 1
     stages = result["stages"]
-    assert len(stages) == 8 and all(stage["seconds"] > 0 for stage in stages)
+    assert len(stages) == 9 and all(stage["seconds"] > 0 for stage in stages)
     assert all(stage["peak_mib"] > 50 for stage in stages)
+    saved = result["saved"]
+    assert saved["times"] == pytest.approx(saved["reference_seconds"] / saved["seconds"])
     masks = sorted((output / "predictions/grcsf").glob("*_mask.nii.gz"))
     assert len(masks) == 2
     image = nib.load(output / "held_out/subject000_image.nii.gz")
     assert nib.load(masks[0]).shape == image.shape
     printed = " ".join(capsys.readouterr().out.split())
-    for word in ("synthetic", "Dice", "lesion F1", "plain backbone", "untrained", "residual_map"):
+    for word in (
+        "synthetic",
+        "Dice",
+        "lesion F1",
+        "plain backbone",
+        "untrained",
+        "residual_map",
+        "kernels save",
+    ):
         assert word in printed
 
     # An earlier demo is replaced; anything else is not touched.
