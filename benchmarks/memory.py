@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from grcsf_kernels import native
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -55,14 +59,30 @@ def measure_peak(call: Callable[[], object], device: str, longest: float = 3.0) 
         call()
         torch.cuda.synchronize()
         return Peak(torch.cuda.max_memory_allocated() - before, None)
-    start = time.perf_counter()
-    allocated = _profiled(call)
-    if time.perf_counter() - start > longest:
-        return Peak(allocated, None)
-    before = _reset_resident()
-    call()
-    after = _status("VmHWM")
+    with _without_pool():
+        start = time.perf_counter()
+        allocated = _profiled(call)
+        if time.perf_counter() - start > longest:
+            return Peak(allocated, None)
+        before = _reset_resident()
+        call()
+        after = _status("VmHWM")
     return Peak(allocated, None if before is None or after is None else after - before)
+
+
+@contextmanager
+def _without_pool() -> Iterator[None]:
+    """Results come from torch's allocator, which counts them, not from memory kept before."""
+    before = os.environ.get("GRCSF_RESULT_POOL")
+    os.environ["GRCSF_RESULT_POOL"] = "0"
+    if not native.why_not("cpu"):
+        native.library().empty_pool()
+    try:
+        yield
+    finally:
+        os.environ.pop("GRCSF_RESULT_POOL")
+        if before is not None:
+            os.environ["GRCSF_RESULT_POOL"] = before
 
 
 def _profiled(call: Callable[[], object]) -> int:
