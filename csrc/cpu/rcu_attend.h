@@ -7,6 +7,8 @@
 // apart.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/product.h"
 #include "cpu/simd.h"
 
@@ -14,6 +16,7 @@ namespace grcsf {
 namespace {
 
 constexpr int keys_at_once = 8;
+constexpr std::int64_t keys_summed = 256;
 
 // Rows of one map and head.
 template <typename A>
@@ -70,30 +73,52 @@ inline void by_keys(std::int64_t count, Body body) {
   for (; first < count; ++first) body(first, Count<1>());
 }
 
+// Calls body(first, count) for pieces of up to 256 of `count`.
+template <typename Body>
+inline void by_pieces(std::int64_t count, Body body) {
+  for (std::int64_t first = 0; first < count; first += keys_summed) {
+    body(first, std::min(keys_summed, count - first));
+  }
+}
+
+// The sum over `count` keys from `first` on of weight[j] * row[first + j].
+template <typename A>
+inline Vec<A> weighted_sum(const Vec<A>* weight, const A* row, std::int64_t first,
+                           std::int64_t count) {
+  Vec<A> sum[4] = {Vec<A>{}, Vec<A>{}, Vec<A>{}, Vec<A>{}};  // four chains: additions take time
+  std::int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    for (int i = 0; i < 4; ++i) sum[i] += weight[j + i] * row[first + j + i];
+  }
+  for (; j < count; ++j) sum[0] += weight[j] * row[first + j];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 // Takes more keys into the softmax of `queries`.
 template <typename A>
 void add_keys(const Rows<const A>& queries, std::int64_t channels, std::int64_t voxels,
               const Keys<A>& keys, const Softmax<A>& state) {
   for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
-    by_keys(keys.count, [&](std::int64_t key, auto many) {
-      constexpr int N = decltype(many)::value;
-      Vec<A> weight[N];
-      logits<A, N>(queries, keys.rows, channels, v, key, weight);
+    by_pieces(keys.count, [&](std::int64_t first, std::int64_t count) {
+      Vec<A> weight[keys_summed];
       const Vec<A> before = load(state.greatest + v);
       Vec<A> greatest = before;
-      for (int j = 0; j < N; ++j) greatest = at_least(weight[j], greatest);
-      const Vec<A> fade = exp_of<A>(before - greatest);
-      Vec<A> total = load(state.total + v) * fade;
-      for (int j = 0; j < N; ++j) {
+      by_keys(count, [&](std::int64_t key, auto many) {
+        constexpr int N = decltype(many)::value;
+        logits<A, N>(queries, keys.rows, channels, v, first + key, weight + key);
+        for (int j = 0; j < N; ++j) greatest = at_least(weight[key + j], greatest);
+      });
+      Vec<A> total{};
+      for (std::int64_t j = 0; j < count; ++j) {
         weight[j] = exp_of<A>(weight[j] - greatest);
         total += weight[j];
       }
+      const Vec<A> fade = exp_of<A>(before - greatest);
       store(greatest, state.greatest + v);
-      store(total, state.total + v);
+      store(load(state.total + v) * fade + total, state.total + v);
       for (std::int64_t c = 0; c < channels; ++c) {
-        Vec<A> sum = load(state.mean[c] + v) * fade;
-        for (int j = 0; j < N; ++j) sum += weight[j] * keys.rows[c][key + j];
-        store(sum, state.mean[c] + v);
+        const Vec<A> sum = weighted_sum<A>(weight, keys.rows[c], first, count);
+        store(load(state.mean[c] + v) * fade + sum, state.mean[c] + v);
       }
     });
   }
@@ -131,18 +156,21 @@ void add_query_gradient(const Rows<const A>& queries, const Rows<const A>& grad,
   for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
     const Vec<A> greatest = load(state.greatest + v), inverse = load(state.total + v);
     const Vec<A> base = load(level + v);
-    by_keys(keys.count, [&](std::int64_t key, auto many) {
-      constexpr int N = decltype(many)::value;
-      Vec<A> weight[N], reach[N];
-      logits<A, N>(queries, keys.rows, channels, v, key, weight);
-      logits<A, N>(grad, keys.rows, channels, v, key, reach);
-      for (int j = 0; j < N; ++j) {
-        weight[j] = exp_of<A>(weight[j] - greatest) * inverse * (reach[j] - base);
-      }
+    by_pieces(keys.count, [&](std::int64_t first, std::int64_t count) {
+      Vec<A> weight[keys_summed];
+      by_keys(count, [&](std::int64_t key, auto many) {
+        constexpr int N = decltype(many)::value;
+        Vec<A> reach[N];
+        Vec<A>* own = weight + key;
+        logits<A, N>(queries, keys.rows, channels, v, first + key, own);
+        logits<A, N>(grad, keys.rows, channels, v, first + key, reach);
+        for (int j = 0; j < N; ++j) {
+          own[j] = exp_of<A>(own[j] - greatest) * inverse * (reach[j] - base);
+        }
+      });
       for (std::int64_t c = 0; c < channels; ++c) {
-        Vec<A> sum = load(out[c] + v);
-        for (int j = 0; j < N; ++j) sum += weight[j] * keys.rows[c][key + j];
-        store(sum, out[c] + v);
+        const Vec<A> sum = weighted_sum<A>(weight, keys.rows[c], first, count);
+        store(load(out[c] + v) + sum, out[c] + v);
       }
     });
   }
@@ -155,21 +183,22 @@ void add_key_gradient(const Rows<const A>& queries, const Rows<const A>& grad, c
                       std::int64_t channels, std::int64_t count, const Softmax<A>& state,
                       const Rows<const A>& keys, std::int64_t voxels, const Rows<A>& out) {
   for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
-    by_keys(count, [&](std::int64_t query, auto many) {
-      constexpr int N = decltype(many)::value;
-      Vec<A> weight[N], reach[N];
-      logits<A, N>(keys, queries, channels, v, query, weight);
-      logits<A, N>(keys, grad, channels, v, query, reach);
-      for (int i = 0; i < N; ++i) {
-        weight[i] = exp_of<A>(weight[i] - state.greatest[query + i]) * state.total[query + i];
-        reach[i] = weight[i] * (reach[i] - level[query + i]);
-      }
-      for (std::int64_t c = 0; c < channels; ++c) {
-        Vec<A> sum = load(out[c] + v);
-        for (int i = 0; i < N; ++i) {
-          sum += weight[i] * grad[c][query + i] + reach[i] * queries[c][query + i];
+    by_pieces(count, [&](std::int64_t first, std::int64_t part) {
+      Vec<A> weight[keys_summed], reach[keys_summed];
+      by_keys(part, [&](std::int64_t query, auto many) {
+        constexpr int N = decltype(many)::value;
+        logits<A, N>(keys, queries, channels, v, first + query, weight + query);
+        logits<A, N>(keys, grad, channels, v, first + query, reach + query);
+        for (std::int64_t i = query; i < query + N; ++i) {
+          const A* greatest = state.greatest + first;
+          weight[i] = exp_of<A>(weight[i] - greatest[i]) * state.total[first + i];
+          reach[i] = weight[i] * (reach[i] - level[first + i]);
         }
-        store(sum, out[c] + v);
+      });
+      for (std::int64_t c = 0; c < channels; ++c) {
+        const Vec<A> sum = weighted_sum<A>(weight, grad[c], first, part) +
+                           weighted_sum<A>(reach, queries[c], first, part);
+        store(load(out[c] + v) + sum, out[c] + v);
       }
     });
   }

@@ -160,3 +160,15 @@ def test_a_batch_of_samples_is_its_samples(backend, device):
                 alone = rcu(*own, patch_size=patch)
                 for one, two in zip(alone, together, strict=True):
                     assert_close(two[i : i + 1], one, torch.float64, what=f"{patch} {i}")
+
+
+@on_every_backend
+def test_many_keys_keep_their_precision(backend, device):
+    """Thousands of small weights that are added one by one to their sum lose half of its digits."""
+    arguments = make((16, 16, 16), (4, 1, 1, 2), device=device, batch=1)
+    exact = [argument.detach().double() for argument in arguments]
+    with use_backend("reference"):
+        expected, _ = rcu(*exact, patch_size=None)
+    with use_backend(backend):
+        found, _ = rcu(*arguments, patch_size=None)
+    assert (found - expected).norm() / expected.norm() < 5e-7
