@@ -124,17 +124,9 @@ void forward(const GcuArguments& arguments) {
   const Forward<T> work(arguments);
   const Workspace<ComputeType<T>> space(threads, work.scratch_size);
   expect_whole_write(arguments.compensated);
-  struct Context {
-    const Forward<T>& work;
-    const Workspace<ComputeType<T>>& space;
-  } context{work, space};
-  parallel_ranges(
-      work.rows(), threads,
-      [](void* data, std::int64_t begin, std::int64_t end, int thread) {
-        auto& own = *static_cast<Context*>(data);
-        own.work.run(begin, end, own.space.piece(thread));
-      },
-      &context);
+  parallel_for(work.rows(), threads, [&](std::int64_t begin, std::int64_t end, int thread) {
+    work.run(begin, end, space.piece(thread));
+  });
 }
 
 }  // namespace

@@ -443,17 +443,9 @@ void backward(const GcuArguments& arguments) {
   const Workspace<A> space(threads, work.scratch_size());
   expect_whole_write(arguments.grad_skip);
   expect_whole_write(arguments.grad_deep);
-  struct Context {
-    const Backward<T>& work;
-    const Workspace<A>& space;
-  } context{work, space};
-  parallel_ranges(
-      units, threads,
-      [](void* data, std::int64_t begin, std::int64_t end, int thread) {
-        auto& own = *static_cast<Context*>(data);
-        Worker<T>(own.work, own.space.piece(thread)).run(begin, end);
-      },
-      &context);
+  parallel_for(units, threads, [&](std::int64_t begin, std::int64_t end, int thread) {
+    Worker<T>(work, space.piece(thread)).run(begin, end);
+  });
   work.add_gates();
 }
 

@@ -104,9 +104,9 @@ inline std::int64_t most_nodes(std::int64_t queries, std::int64_t heads) {
   return std::min<std::int64_t>(4 * heads * queries, 4096);
 }
 
-// Whether all threads work on one patch together: it is too large for a thread's cache, or there
-// are too few of them. A rule that does not depend on the number of threads, so neither do the
-// bits.
+// Whether every patch is one thread's work; if not, all threads share one: it is too large for a
+// thread's cache, or there are too few of them. A rule that does not depend on the number of
+// threads, so neither do the bits.
 inline bool patch_by_patch(const Sizes& s) {
   const std::int64_t values = s.patch_voxels() * s.channels;
   return values <= (1 << 18) && (s.batch * s.patches >= 16 || values <= (1 << 14));
