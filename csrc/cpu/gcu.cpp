@@ -132,16 +132,10 @@ void forward(const GcuArguments& arguments) {
 }  // namespace
 
 void gcu_forward(const GcuArguments& arguments) {
-  switch (arguments.skip.dtype) {
-    case DType::float64:
-      return forward<double>(arguments);
-    case DType::float32:
-      return forward<float>(arguments);
-    case DType::float16:
-      return forward<float16>(arguments);
-    default:
-      return forward<bfloat16>(arguments);
-  }
+  for_dtype(arguments.skip.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    forward<T>(arguments);
+  });
 }
 
 }  // namespace GRCSF_ISA

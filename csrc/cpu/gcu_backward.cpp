@@ -452,16 +452,10 @@ void backward(const GcuArguments& arguments) {
 }  // namespace
 
 void gcu_backward(const GcuArguments& arguments) {
-  switch (arguments.skip.dtype) {
-    case DType::float64:
-      return backward<double>(arguments);
-    case DType::float32:
-      return backward<float>(arguments);
-    case DType::float16:
-      return backward<float16>(arguments);
-    default:
-      return backward<bfloat16>(arguments);
-  }
+  for_dtype(arguments.skip.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    backward<T>(arguments);
+  });
 }
 
 }  // namespace GRCSF_ISA

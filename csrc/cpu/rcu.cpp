@@ -146,16 +146,10 @@ struct Forward {
 }  // namespace
 
 void rcu_forward(const RcuArguments& arguments) {
-  switch (arguments.x.dtype) {
-    case DType::float64:
-      return Forward<double>(arguments).run();
-    case DType::float32:
-      return Forward<float>(arguments).run();
-    case DType::float16:
-      return Forward<float16>(arguments).run();
-    default:
-      return Forward<bfloat16>(arguments).run();
-  }
+  for_dtype(arguments.x.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    Forward<T>(arguments).run();
+  });
 }
 
 }  // namespace GRCSF_ISA

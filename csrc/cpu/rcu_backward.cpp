@@ -403,16 +403,10 @@ struct Backward {
 }  // namespace
 
 void rcu_backward(const RcuArguments& arguments) {
-  switch (arguments.x.dtype) {
-    case DType::float64:
-      return Backward<double>(arguments).run();
-    case DType::float32:
-      return Backward<float>(arguments).run();
-    case DType::float16:
-      return Backward<float16>(arguments).run();
-    default:
-      return Backward<bfloat16>(arguments).run();
-  }
+  for_dtype(arguments.x.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    Backward<T>(arguments).run();
+  });
 }
 
 }  // namespace GRCSF_ISA

@@ -17,6 +17,7 @@
 #endif
 
 #include "common/half.h"
+#include "common/tensor_view.h"
 
 namespace grcsf {
 namespace {
@@ -59,6 +60,26 @@ struct ComputeOf<double> {
 };
 template <typename T>
 using ComputeType = typename ComputeOf<std::remove_const_t<T>>::type;
+
+template <typename T>
+struct TypeOf {
+  using type = T;
+};
+
+// Calls body(TypeOf<T>()) for the T that data of this dtype is stored in.
+template <typename Body>
+inline void for_dtype(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::float64:
+      return body(TypeOf<double>());
+    case DType::float32:
+      return body(TypeOf<float>());
+    case DType::float16:
+      return body(TypeOf<float16>());
+    default:
+      return body(TypeOf<bfloat16>());
+  }
+}
 
 // `count` rounded up to whole vectors of the widest instruction set: the pitch of a buffer row, on
 // cache lines of its own.
