@@ -5,7 +5,16 @@ from __future__ import annotations
 
 import os
 
+import interpreter
+import torch
 from hypothesis import settings
+
+# Without a GPU Triton's interpreter runs the Triton kernels. Read when Triton is imported, so it is
+# set before anything else is.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.be_quick()
 
 # What guards main tries the same examples every time; a developer's runs try new ones.
 settings.register_profile("ci", derandomize=True)

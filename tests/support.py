@@ -17,6 +17,7 @@ from torch import Tensor
 import grcsf_kernels
 from grcsf_kernels import native
 from grcsf_kernels.dispatch import BACKENDS, OPERATORS, why_not
+from grcsf_kernels.triton import interpreting
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -38,6 +39,11 @@ def runs_on(operator: str) -> list[tuple[str, str]]:
         for backend in BACKENDS
         if not why_not(backend, operator, device)
     ]
+
+
+def interpreted(backend: str) -> bool:
+    """Whether a backend runs on Triton's interpreter, which is slow: large tests are smaller."""
+    return backend == "triton" and interpreting()
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -199,7 +205,7 @@ def example(
         ]
         options, data = {}, (0, 1)
     else:
-        space = space or (5, 7, 6)
+        space = space or (4, 3, 5)
         channels, maps, heads, hidden_units = 4, 2, 3, 5
         shapes = [
             (maps, heads, 1, channels),

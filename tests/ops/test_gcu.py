@@ -118,6 +118,7 @@ def test_sizes_of_a_network(backend, device, dtype):
         pytest.param(((5, 600), (3, 300)), 64, id="rows_in_blocks_doubled"),
         pytest.param(((4, 601), (2, 233)), 64, id="rows_in_blocks_of_odd_sizes"),
         pytest.param(((3, 4, 300), (2, 2, 151)), 130, id="rows_in_many_blocks"),
+        pytest.param(((3, 4, 66), (2, 2, 33)), 64, id="rows_of_planes_doubled"),
         pytest.param(((2, 9, 34), (1, 5, 17)), 5, id="depth_2"),
         pytest.param(((3, 8, 32), (2, 4, 16)), 5, id="depth_3"),
         pytest.param(((4, 7, 18), (2, 4, 9)), 5, id="depth_4"),
@@ -220,6 +221,72 @@ def test_nan_stays_where_it_is(backend, device):
     assert torch.isnan(dissimilarity[0, 0, 1, 2])
     assert torch.isnan(dissimilarity).sum() == 1
     assert torch.isnan(compensated).sum() == skip.shape[1]
+
+
+on_triton = pytest.mark.parametrize(
+    ("backend", "device"), [run for run in runs_on("gcu") if run[0] == "triton"]
+)
+
+
+@on_triton
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "spaces",
+    [((12, 3, 4), (6, 2, 2)), ((11, 5), (4, 3)), ((3, 4, 5), (7, 3, 4)), ((7, 2, 33), (5, 1, 17))],
+)
+def test_triton_backward_in_slabs(backend, device, spaces, layout, monkeypatch):
+    """Large volumes go in slabs of planes, with a ring of workspace. Here with the least ring."""
+    from grcsf_kernels.triton import gcu_backward
+
+    def least(skip, deep):
+        return gcu_backward.longest_run(skip.shape[2], deep.shape[2])
+
+    monkeypatch.setattr(gcu_backward, "ring_planes", least)
+    arguments = make(*spaces, 5, 2, torch.float64, device)
+    arguments[:2] = [LAYOUTS[layout](a.detach()).requires_grad_() for a in arguments[:2]]
+    check(backend, arguments, torch.float64)
+
+
+@on_triton
+def test_triton_slabs_hold_what_they_need(backend, device):
+    """Every deep plane is complete when its turn comes, and its planes are still in the ring."""
+    from grcsf_kernels.triton.gcu_backward import end_of, first_of, longest_run, slabs
+
+    for depth in (1, 2, 3, 5, 8, 17):
+        for deep in (1, 2, 3, 4, 9, 17, 40):
+            for plane in range(deep):
+                positions = [
+                    min(max((2 * z + 1) * deep - depth, 0), 2 * depth * (deep - 1))
+                    for z in range(depth)
+                ]
+                taken = [
+                    z for z in range(depth) if abs(positions[z] - 2 * depth * plane) < 2 * depth
+                ]
+                if taken:
+                    assert first_of(plane, depth, deep) == taken[0]
+                    assert end_of(plane, depth, deep) == taken[-1] + 1
+            for ring in range(longest_run(depth, deep), depth + 1):
+                done = deep_done = 0
+                for begin, end, deep_begin, deep_end in slabs(depth, deep, ring):
+                    assert (begin, deep_begin) == (done, deep_done)
+                    for plane in range(deep_begin, deep_end):
+                        assert end_of(plane, depth, deep) <= end
+                        assert first_of(plane, depth, deep) >= end - ring
+                    done, deep_done = end, deep_end
+                assert (done, deep_done) == (depth, deep)
+
+
+@on_triton
+@pytest.mark.parametrize("spaces", [((4, 3, 33), (2, 2, 17)), ((5, 7, 6), (3, 4, 3))])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_triton_with_64_bit_offsets(backend, device, spaces, layout, monkeypatch):
+    """What runs beyond 2^31 elements, at a size that can be tested."""
+    from grcsf_kernels.triton import launch
+
+    monkeypatch.setattr(launch, "wide", lambda *tensors: True)
+    arguments = make(*spaces, 5, 2, torch.float64, device)
+    arguments[:2] = [LAYOUTS[layout](a.detach()).requires_grad_() for a in arguments[:2]]
+    check(backend, arguments, torch.float64)
 
 
 def error_cases():

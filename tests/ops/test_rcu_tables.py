@@ -11,14 +11,27 @@ import math
 
 import pytest
 import torch
-from support import assert_close, runs_on
+from support import assert_close, interpreted, runs_on
 
 from grcsf_kernels import rcu, use_backend
 
 RUNS = [run for run in runs_on("rcu") if run[0] != "reference"]
-on_every_backend = pytest.mark.parametrize(("backend", "device"), RUNS)
+
+
+def on(*spaces):
+    """Every backend, with each space; the interpreter, which is slow, with smaller ones."""
+    found = [
+        pytest.param(backend, device, SMALLER.get(space, space) if slow else space)
+        for backend, device in RUNS
+        for slow in [interpreted(backend)]
+        for space in spaces
+    ]
+    return pytest.mark.parametrize(("backend", "device", "space"), found)
+
+
 # In one patch of the small path, and beyond it.
-on_both_paths = pytest.mark.parametrize("space", [(16, 16, 16), (26, 26, 26)])
+SMALL, LARGE = (16, 16, 16), (26, 26, 26)
+SMALLER = {SMALL: (8, 8, 8), LARGE: (9, 9, 9)}
 
 # The worst elements of E, over the range of r, and of the variance, over its largest.
 BOUNDS = {torch.float64: (1e-12, 1e-11), torch.float32: (2e-6, 2e-5)}
@@ -72,13 +85,12 @@ def two_point_attention(a, residual):
     """E and its derivative for maps of two values: a logistic function."""
     low, high = residual.double().min(), residual.double().max()
     upper = (residual == residual.max()).sum()
-    odds = torch.log(upper / (residual.numel() - upper)).double() + a * (high - low)
+    odds = torch.log(upper.double() / (residual.numel() - upper)) + a * (high - low)
     p = torch.sigmoid(odds)
     return low + p * (high - low), p * torch.sigmoid(-odds) * (high - low) ** 2
 
 
-@on_every_backend
-@on_both_paths
+@on(SMALL, LARGE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 9.0, 50.0, 500.0])
 def test_maps_of_two_values_at_every_spread_of_queries(backend, device, space, dtype, spread):
@@ -98,8 +110,7 @@ def test_maps_of_two_values_at_every_spread_of_queries(backend, device, space, d
     assert error <= of_variance + 4 * rounding + 2 * torch.finfo(dtype).eps / weight
 
 
-@on_every_backend
-@on_both_paths
+@on(SMALL, LARGE)
 def test_one_outlier_keeps_the_precision_of_the_variance(backend, device, space):
     """All voxels but one are equal: the variance, of 1e-4 and less, is right relative to itself."""
     reach, weight = 1e-3, 5e3
@@ -119,8 +130,7 @@ def test_one_outlier_keeps_the_precision_of_the_variance(backend, device, space)
     assert abs(grad.item() / variance.sum().item() - 1) < 2e-5
 
 
-@on_every_backend
-@on_both_paths
+@on(SMALL, LARGE)
 def test_heads_far_apart_have_tables_of_their_own(backend, device, space):
     """Biases of -100 and 100: one head sees the least values, one the greatest, one the mean."""
     generator = torch.Generator().manual_seed(2)
@@ -143,8 +153,7 @@ def test_heads_far_apart_have_tables_of_their_own(backend, device, space):
     assert error < 5e-5
 
 
-@on_every_backend
-@on_both_paths
+@on(SMALL, LARGE)
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e4, 1e-40])
 def test_constant_maps(backend, device, space, value):
     """E is the constant, exactly; the variance is 0."""
@@ -158,8 +167,7 @@ def test_constant_maps(backend, device, space, value):
     assert torch.equal(grad, torch.ones_like(grad))
 
 
-@on_every_backend
-@on_both_paths
+@on(SMALL, LARGE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_maps_with_a_large_offset(backend, device, space, dtype):
     """1000 + noise: the variance is that of the noise, as precise as without the offset."""
@@ -181,9 +189,8 @@ def test_maps_with_a_large_offset(backend, device, space, dtype):
     assert error / variance.max() <= of_variance
 
 
-@on_every_backend
+@on((6, 5, 4), LARGE)
 @pytest.mark.parametrize("scale", [1e4, 1e20])
-@pytest.mark.parametrize("space", [(6, 5, 4), (26, 26, 26)])
 def test_logits_so_large_that_softmax_is_the_maximum(backend, device, space, scale):
     """|a| |r| of 1e4 and beyond: E is the greatest or the least value, and gradients are finite."""
     x = torch.where(queries(space, 1.0, torch.float32, device) > 0, 1.0, -1.0)
@@ -201,8 +208,7 @@ def test_logits_so_large_that_softmax_is_the_maximum(backend, device, space, sca
     assert_close(grads[0], torch.ones_like(x), torch.float32, gradient=True)
 
 
-@on_every_backend
-@pytest.mark.parametrize("space", [(6, 5, 4), (26, 26, 26)])
+@on((6, 5, 4), LARGE)
 def test_subnormal_values(backend, device, space):
     """x and r of 1e-40 are as good as 0: E is their mean, far below any rounding."""
     x = torch.full((1, 1, *space), 1e-40, device=device)
@@ -211,14 +217,15 @@ def test_subnormal_values(backend, device, space):
     assert (found.abs() <= 1e-39).all() and (slope == 0).all()
 
 
-@on_every_backend
+@on((8, 9, 12), LARGE)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["x", "residual"])
-@pytest.mark.parametrize("patch", [(4, 4, 4), (8, 26, 26)])
-def test_what_is_not_finite_stays_inside_its_patch(backend, device, patch, where, value):
+def test_what_is_not_finite_stays_inside_its_patch(backend, device, space, where, value):
     """out, scores and both gradients of data of every other patch keep their bits."""
     generator = torch.Generator().manual_seed(4)
-    space = (24, 26, 26) if patch[0] == 8 else (8, 9, 12)
+    patch = (4, 4, 4)
+    if space != (8, 9, 12):
+        patch, space = (8, *space[1:]), (24, *space[1:])
     channels = 4
     x = torch.randn(1, channels, *space, generator=generator).to(device)
     residual = torch.rand(1, 1, 1, *space, generator=generator).to(device)

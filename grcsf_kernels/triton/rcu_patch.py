@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``rcu`` with one program a patch: how its kernels are started (``rcu_patch_kernels.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grcsf_kernels.triton import launch
+from grcsf_kernels.triton.rcu_attend_map import map_gradient
+from grcsf_kernels.triton.rcu_patch_kernels import (
+    grcsf_rcu_patch_backward,
+    grcsf_rcu_patch_forward,
+)
+from grcsf_kernels.triton.rcu_score import score_gradients
+
+# (step of a table) * (range of r): the spline's error is below the rounding of the data
+# (docs/operators.md). float64 would need thousands of nodes: direct sums.
+STEP = {torch.float32: 0.25, torch.bfloat16: 0.5, torch.float16: 0.5}
+
+
+def sizes_3d(sizes: Sequence[int]) -> list[int]:
+    """Three sizes, depth 1 for an image."""
+    return [1] * (3 - len(sizes)) + list(sizes)
+
+
+def strides_3d(x: Tensor) -> list[int]:
+    """Strides of [B, C, D, H, W], 0 for the depth of an image."""
+    b, c, *space = x.stride()
+    return [b, c, *([0] * (3 - len(space))), *space]
+
+
+def column_constants(query_weight: Tensor, precision: str) -> dict[str, int]:
+    """How the kernels lay out channels, maps and heads."""
+    maps, heads, _, channels = query_weight.shape
+    columns = launch.power_of_2(maps * heads)
+    return {
+        "C": channels,
+        "K": maps,
+        "HEADS": heads,
+        "N": columns,
+        "PARTS": 1 if precision == "float64" else max(1, 16 // columns),
+    }
+
+
+def patch_constants(
+    x: Tensor, residual: Tensor, weights: Sequence[Tensor], patch: Sequence[int], kernel: str
+) -> dict[str, Any]:
+    """Compile-time constants of a kernel of ``rcu_patch.py``."""
+    precision = launch.precision(x)
+    columns = column_constants(weights[0], precision)
+    hidden = weights[4].shape[0]
+    sizes = sizes_3d(patch)
+    voxels = prod(sizes)
+    padded = launch.power_of_2(voxels, 16)
+    own = launch.parameters("rcu", kernel, x)
+    own["BLOCK_V"] = min(own["BLOCK_V"], padded)
+    own["BLOCK_J"] = min(own["BLOCK_J"], padded)
+    own["KEYS"] = min(own["KEYS"], padded)
+    own["BLOCK_C"] = min(own["BLOCK_C"], launch.power_of_2(columns["C"], 16))
+    whole = all(s % p == 0 for s, p in zip(sizes_3d(x.shape[2:]), sizes, strict=True))
+    return {
+        **dict(zip(("PZ", "PY", "PX"), sizes, strict=True)),
+        **columns,
+        "K2": launch.power_of_2(columns["K"]),
+        "M": hidden,
+        "M2": launch.power_of_2(hidden),
+        **own,
+        "STEP": STEP.get(x.dtype, 1.0),
+        "EVEN": whole and voxels % max(own["BLOCK_V"], own["BLOCK_J"]) == 0,
+        "WIDE": launch.wide(x, residual),
+        "PRECISION": precision,
+    }
+
+
+def grid_3d(x: Tensor, patch: Sequence[int]) -> list[int]:
+    """Patches per axis, of three axes."""
+    return [
+        launch.blocks(size, own)
+        for size, own in zip(sizes_3d(x.shape[2:]), sizes_3d(patch), strict=True)
+    ]
+
+
+def forward(x: Tensor, residual: Tensor, *weights_and_patch: Any) -> tuple[Tensor, Tensor]:
+    """``(out, scores)``; see :func:`grcsf_kernels.rcu`."""
+    *weights, patch = weights_and_patch
+    space, grid = sizes_3d(x.shape[2:]), grid_3d(x, patch)
+    out = torch.empty_like(x)
+    scores = weights[0].new_empty((x.shape[0], *grid[3 - len(patch) :]))
+    constants = patch_constants(x, residual, weights, patch, "patch_forward")
+    programs = min(scores.numel(), constants.pop("PROGRAMS"))
+    table = weights[0].new_empty((programs, constants["K"], constants["T"], 2))
+    launch.launch(
+        grcsf_rcu_patch_forward,
+        programs,
+        x,
+        residual,
+        *weights,
+        table,
+        out,
+        scores,
+        *space,
+        *grid,
+        *strides_3d(x),
+        prod(space),
+        scores.numel(),
+        programs,
+        **constants,
+    )
+    return out, scores
+
+
+def backward(
+    grad_out: Tensor,
+    grad_scores: Tensor,
+    scores: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    *weights_and_options: Any,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all ten tensors, in the order of the operator (None where not needed)."""
+    *weights, patch, needs = weights_and_options
+    query_weight, query_bias = weights[:2]
+    space, grid = sizes_3d(x.shape[2:]), grid_3d(x, patch)
+    constants = patch_constants(x, residual, weights, patch, "patch_backward")
+    patches = scores.numel()
+    programs = min(patches, constants.pop("PROGRAMS"))
+    maps, heads, _, channels = query_weight.shape
+    grad_x = torch.empty_like(x)
+    table = query_weight.new_empty((programs, maps, constants["T"], 3))
+    means = query_weight.new_zeros((patches, channels + maps))
+    grad_score = query_weight.new_empty((patches,))
+    mean_gradient = query_weight.new_empty((programs, channels))
+    of_query = query_weight.new_zeros((programs, maps, heads, 1, channels))
+    of_query_bias = query_weight.new_zeros((programs, *query_bias.shape))
+    of_value = query_weight.new_zeros((programs, maps, heads, 1, channels))
+    of_value_bias = query_weight.new_zeros((programs, channels))
+    launch.launch(
+        grcsf_rcu_patch_backward,
+        programs,
+        grad_out,
+        grad_scores,
+        scores,
+        x,
+        residual,
+        *weights[:7],
+        table,
+        grad_x,
+        means,
+        grad_score,
+        mean_gradient,
+        of_query,
+        of_query_bias,
+        of_value,
+        of_value_bias,
+        *space,
+        *grid,
+        *strides_3d(x),
+        prod(space),
+        patches,
+        programs,
+        **constants,
+    )
+    grad_means, *of_score = score_gradients(grad_score, scores.flatten(), means, *weights[4:7])
+    grad_residual = None
+    if needs[1]:
+        query_weight, query_bias, value_weight = weights[:3]
+        grad_residual = map_gradient(
+            grad_out,
+            scores,
+            x,
+            residual,
+            query_weight,
+            query_bias,
+            value_weight,
+            patch,
+            means=means,
+            grad_means=grad_means,
+        ).to(residual.dtype)
+    grads = (
+        grad_x,
+        grad_residual,
+        of_query.sum(dim=0),
+        of_query_bias.sum(dim=0),
+        of_value.sum(dim=0).permute(0, 3, 1, 2).contiguous(),
+        of_value_bias.sum(dim=0).expand(maps, -1).contiguous(),
+        *of_score,
+    )
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
