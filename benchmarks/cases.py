@@ -147,9 +147,9 @@ def scaling_cases(operator: str, device: str) -> list[Case]:
 
 
 def make_inputs(case: Case, device: str, seed: int) -> Inputs:
-    """Random tensors of ``case``: normal features, residual maps in [0, 1]."""
+    """Random tensors of ``case``: normal features, residual maps in [0, 1]; none on ``meta``."""
     operator = case.subject
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

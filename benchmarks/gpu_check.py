@@ -61,8 +61,12 @@ def _absent_modules(*names: str) -> list[str]:
 
 
 def _tests() -> Step:
-    """The whole suite; the parts whose packages are missing are left out by name."""
+    """The whole suite; the parts whose packages are missing are left out by name.
+
+    The Triton kernels are compiled ahead of time in a step of their own, for this device alone.
+    """
     command = [*PYTEST, "tests", "-q", "-p", "no:cacheprovider"]
+    command.append("--ignore=tests/triton/test_kernels.py")
     if not _absent_modules("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     left_out = []
@@ -91,6 +95,16 @@ def _sanitizers(gpu: str) -> Iterator[Step]:
         yield Step(check, command, 45, missing, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
+def _kernels(gpu: str) -> Step:
+    """Registers, spills and occupancy of the Triton kernels on this device's architecture."""
+    command = [_PYTHON, "-m", "benchmarks.kernels", "--quick"]
+    missing = gpu or ("triton is not installed" if _absent_modules("triton") else "")
+    if not missing:
+        major, minor = torch.cuda.get_device_capability()
+        command += ["--architectures", str(10 * major + minor)]
+    return Step("kernels", command, 45, missing)
+
+
 def plan(out: Path, gpu: str) -> list[Step]:
     """The steps in order; ``gpu`` says why there is none, or is empty."""
     pip = [_PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-e", "."]
@@ -107,15 +121,21 @@ def plan(out: Path, gpu: str) -> list[Step]:
         "pytest-benchmark is not installed" if _absent_modules("pytest_benchmark") else ""
     )
     no_ncu = gpu or ("" if shutil.which("ncu") else "ncu is not on the path")
-    return [
+    steps = [
         Step("build", pip, 150, f"missing: {', '.join(no_build)}" if no_build else ""),
         Step("doctor", [_PYTHON, "-m", "grcsf_kernels.doctor"], 30),
         _tests(),
         *_sanitizers(gpu),
         Step("ncu", ncu, 60, no_ncu),
+        _kernels(gpu),
         # Last, because it takes what time is left.
         Step("benchmarks", bench, _BUDGET, no_benchmark and f"missing: {no_benchmark}"),
     ]
+    if not gpu:
+        # Real kernels, whatever the shell has set: with a GPU nothing runs in Triton's interpreter.
+        for step in steps:
+            step.environment["TRITON_INTERPRET"] = "0"
+    return steps
 
 
 def run_step(step: Step, out: Path, deadline: float) -> tuple[str, float]:

@@ -19,16 +19,22 @@ from grcsf_kernels.triton.gcu_tiles import (
 )
 from grcsf_kernels.triton.gcu_tiling import is_channels_last, is_wide
 
+# Rows up to this one are short.
+_SHORT_ROW = 64
+
 
 def gathering(skip: Tensor, deep: Tensor) -> dict[str, Any]:
     """Constants of the kernel over deep rows, and COLUMN_BLOCKS, the blocks in a deep row.
 
-    A tile of skip has TILE elements, of up to BLOCK_V voxels.
+    A tile of skip has TILE elements, of up to BLOCK_V voxels. The table's shape classes are
+    "contiguous" and "channels_last", and with "_short" for short rows: several of them in a tile
+    take more registers, as every lane has its own z and y.
     """
     contiguous = not is_channels_last(skip)
-    constants = launch.parameters(
-        "gcu", "deep", skip, "contiguous" if contiguous else "channels_last"
-    )
+    shape = "contiguous" if contiguous else "channels_last"
+    if skip.shape[4] <= _SHORT_ROW:
+        shape += "_short"
+    constants = launch.parameters("gcu", "deep", skip, shape)
     elements, block_v = constants.pop("TILE"), constants.pop("BLOCK_V")
     block_j = constants.pop("BLOCK_J")
     channels, deep_width = skip.shape[1], deep.shape[4]

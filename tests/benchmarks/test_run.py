@@ -62,11 +62,31 @@ def test_launches_names_what_it_ran(capsys):
 def test_the_plan_says_what_is_missing(capsys):
     assert gpu_check.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
-    for step in ("build", "tests", "memcheck", "racecheck", "initcheck", "ncu", "benchmarks"):
+    for step in (
+        "build",
+        "tests",
+        "memcheck",
+        "racecheck",
+        "initcheck",
+        "ncu",
+        "kernels",
+        "benchmarks",
+    ):
         assert f"\n{step}" in f"\n{printed}"
     assert "--no-build-isolation --no-deps" in printed and "--clock-control none" in printed
     if not torch.cuda.is_available():
-        assert printed.count("not run: torch finds no CUDA device") == 4
+        assert printed.count("not run: torch finds no CUDA device") == 5
+
+
+def test_with_a_gpu_no_step_runs_in_tritons_interpreter(tmp_path, monkeypatch):
+    """Whatever the shell has set; and the kernels are compiled for the device that is there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    steps = {step.name.split()[0]: step for step in gpu_check.plan(tmp_path, "")}
+    assert all(step.environment["TRITON_INTERPRET"] == "0" for step in steps.values())
+    assert steps["kernels"].command[-2:] == ["--architectures", "90"]
+    assert not any("benchmarks.tune" in step.command for step in steps.values())
+    without = gpu_check.plan(tmp_path, "there is none")
+    assert not any("TRITON_INTERPRET" in step.environment for step in without)
 
 
 def test_steps_that_fail_or_hang_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
