@@ -26,14 +26,12 @@ _SHORT_ROW = 64
 def gathering(skip: Tensor, deep: Tensor) -> dict[str, Any]:
     """Constants of the kernel over deep rows, and COLUMN_BLOCKS, the blocks in a deep row.
 
-    A tile of skip has TILE elements, of up to BLOCK_V voxels. The table's shape classes are
-    "contiguous" and "channels_last", and with "_short" for short rows: several of them in a tile
-    take more registers, as every lane has its own z and y.
+    A tile of skip has TILE elements, of up to BLOCK_V voxels. The table's shape class "short_rows"
+    is for contiguous data: several rows in a tile take more registers, as every lane has its own z
+    and y.
     """
     contiguous = not is_channels_last(skip)
-    shape = "contiguous" if contiguous else "channels_last"
-    if skip.shape[4] <= _SHORT_ROW:
-        shape += "_short"
+    shape = "short_rows" if contiguous and skip.shape[4] <= _SHORT_ROW else "any"
     constants = launch.parameters("gcu", "deep", skip, shape)
     elements, block_v = constants.pop("TILE"), constants.pop("BLOCK_V")
     block_j = constants.pop("BLOCK_J")
