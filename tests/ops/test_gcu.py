@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, LAYOUTS, assert_close, runs_on
+from support import DTYPES, LAYOUTS, assert_close, interpreted, runs_on
 
 from grcsf_kernels import gcu, use_backend
 
@@ -86,6 +86,8 @@ spaces = st.one_of(
 def test_is_the_textbook_form(
     backend, device, spaces, channels, batch, dtype, layout, compensation, seed
 ):
+    if interpreted(backend) and seed % 4:
+        return  # it is slow, and takes every fourth example
     arguments = make(*spaces, channels, batch, dtype, device, seed)
     arguments[:2] = [LAYOUTS[layout](a.detach()).requires_grad_() for a in arguments[:2]]
     check(backend, arguments, dtype, compensation=compensation)
