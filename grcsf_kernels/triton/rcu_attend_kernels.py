@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grcsf_kernels.triton.primitives import compute, dot
+from grcsf_kernels.triton.primitives import add_to, compute, dot
 from grcsf_kernels.triton.rcu_attend_tiles import (
     LOG2E,
     corners,
@@ -216,12 +216,6 @@ def slopes(
 
 
 @triton.jit
-def accumulate(where, mask, value):
-    """Add to this program's own partial sums."""
-    tl.store(where, tl.load(where, mask=mask, other=0) + value, mask=mask)
-
-
-@triton.jit
 def grcsf_rcu_attend_backward(
     grad_out,
     x,
@@ -383,7 +377,7 @@ def grcsf_rcu_attend_backward(
                     WIDE,
                 )
                 value = dot(tl.trans(expected), compute(tile, PRECISION), PRECISION)
-                accumulate(own_slot + total_lanes * channels + row, of_weight, value * score)
+                add_to(own_slot + total_lanes * channels + row, value * score, of_weight)
             if NEEDS_X or NEEDS_WEIGHTS:
                 of_query = slopes(
                     a,
@@ -425,12 +419,12 @@ def grcsf_rcu_attend_backward(
                         WIDE,
                     )
                     value = dot(tl.trans(of_query), compute(tile, PRECISION), PRECISION)
-                    accumulate(own_slot + row, of_weight, value)
+                    add_to(own_slot + row, value, of_weight)
                     if group == 0:
-                        accumulate(
+                        add_to(
                             own_slot + 2 * total_lanes * channels + head * map_channels + lane,
-                            of_map,
                             of_query_bias,
+                            of_map,
                         )
 
         tile = load_tile(
@@ -444,10 +438,10 @@ def grcsf_rcu_attend_backward(
                 mask=exists[:, None] & (channel < channels)[None, :],
             )
         if NEEDS_WEIGHTS:
-            accumulate(
+            add_to(
                 own_slot + (2 * channels + 1) * total_lanes + channel,
-                channel < channels,
                 tl.sum(own, axis=0) * score,
+                channel < channels,
             )
         bias = tl.load(constant + channel, mask=channel < channels, other=0)
         found = tl.sum(own * bias[None, :])

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grcsf_kernels.triton.primitives import compute, dot
+from grcsf_kernels.triton.primitives import add_to, compute, dot
 from grcsf_kernels.triton.rcu_table import (
     channels_of,
     columns_of,
@@ -37,12 +37,6 @@ def corner(patch, GZ, GY, GX, PZ, PY, PX):
     gz = patch // GX // GY % GZ
     z0, y0, x0 = (gz * PZ).to(tl.int32), (gy * PY).to(tl.int32), (gx * PX).to(tl.int32)
     return patch // GX // GY // GZ, z0, y0, x0
-
-
-@triton.jit
-def add_to(pointer, values, mask):
-    """Add to a slot that this program alone reads and writes, each element by one thread."""
-    tl.store(pointer, tl.load(pointer, mask=mask, other=0.0) + values, mask=mask)
 
 
 @triton.jit

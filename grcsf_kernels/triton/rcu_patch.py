@@ -85,6 +85,60 @@ def grid_3d(x: Tensor, patch: Sequence[int]) -> list[int]:
     ]
 
 
+def weight_slots(query_weight: Tensor, programs: int) -> list[Tensor]:
+    """Zeros in which each program adds up its gradients of weights.
+
+    Of query_weight and query_bias [programs, K, heads, 1, (C)], of value_weight in the order of
+    query_weight, and of value_bias [programs, C], which is the same for all maps.
+    """
+    *lanes, channels = query_weight.shape
+    shapes = ((*lanes, channels), lanes, (*lanes, channels), (channels,))
+    return [query_weight.new_zeros((programs, *shape)) for shape in shapes]
+
+
+def gradients(
+    grad_x: Tensor,
+    slots: Sequence[Tensor],
+    of_score: Sequence[Tensor],
+    grad_means: Tensor,
+    means: Tensor,
+    grad_out: Tensor,
+    scores: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weights: Sequence[Tensor],
+    patch: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """All that backward returns: sums of ``slots``, and if asked for the gradient of the map."""
+    grad_residual = None
+    if needs[1]:
+        query_weight, query_bias, value_weight = weights[:3]
+        grad_residual = map_gradient(
+            grad_out,
+            scores,
+            x,
+            residual,
+            query_weight,
+            query_bias,
+            value_weight,
+            patch,
+            means=means,
+            grad_means=grad_means,
+        ).to(residual.dtype)
+    of_query, of_query_bias, of_value, of_value_bias = (slot.sum(dim=0) for slot in slots)
+    grads = (
+        grad_x,
+        grad_residual,
+        of_query,
+        of_query_bias,
+        of_value.permute(0, 3, 1, 2).contiguous(),
+        of_value_bias.expand(of_query.shape[0], -1).contiguous(),
+        *of_score,
+    )
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
 def forward(x: Tensor, residual: Tensor, *weights_and_patch: Any) -> tuple[Tensor, Tensor]:
     """``(out, scores)``; see :func:`grcsf_kernels.rcu`."""
     *weights, patch = weights_and_patch
@@ -124,21 +178,18 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of all ten tensors, in the order of the operator (None where not needed)."""
     *weights, patch, needs = weights_and_options
-    query_weight, query_bias = weights[:2]
+    query_weight = weights[0]
     space, grid = sizes_3d(x.shape[2:]), grid_3d(x, patch)
     constants = patch_constants(x, residual, weights, patch, "patch_backward")
     patches = scores.numel()
     programs = min(patches, constants.pop("PROGRAMS"))
-    maps, heads, _, channels = query_weight.shape
+    maps, _, _, channels = query_weight.shape
     grad_x = torch.empty_like(x)
     table = query_weight.new_empty((programs, maps, constants["T"], 3))
     means = query_weight.new_zeros((patches, channels + maps))
     grad_score = query_weight.new_empty((patches,))
     mean_gradient = query_weight.new_empty((programs, channels))
-    of_query = query_weight.new_zeros((programs, maps, heads, 1, channels))
-    of_query_bias = query_weight.new_zeros((programs, *query_bias.shape))
-    of_value = query_weight.new_zeros((programs, maps, heads, 1, channels))
-    of_value_bias = query_weight.new_zeros((programs, channels))
+    slots = weight_slots(query_weight, programs)
     launch.launch(
         grcsf_rcu_patch_backward,
         programs,
@@ -153,10 +204,7 @@ def backward(
         means,
         grad_score,
         mean_gradient,
-        of_query,
-        of_query_bias,
-        of_value,
-        of_value_bias,
+        *slots,
         *space,
         *grid,
         *strides_3d(x),
@@ -166,28 +214,7 @@ def backward(
         **constants,
     )
     grad_means, *of_score = score_gradients(grad_score, scores.flatten(), means, *weights[4:7])
-    grad_residual = None
-    if needs[1]:
-        query_weight, query_bias, value_weight = weights[:3]
-        grad_residual = map_gradient(
-            grad_out,
-            scores,
-            x,
-            residual,
-            query_weight,
-            query_bias,
-            value_weight,
-            patch,
-            means=means,
-            grad_means=grad_means,
-        ).to(residual.dtype)
-    grads = (
-        grad_x,
-        grad_residual,
-        of_query.sum(dim=0),
-        of_query_bias.sum(dim=0),
-        of_value.sum(dim=0).permute(0, 3, 1, 2).contiguous(),
-        of_value_bias.sum(dim=0).expand(maps, -1).contiguous(),
-        *of_score,
-    )
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return gradients(
+        grad_x, slots, of_score, grad_means, means, grad_out, scores, x, residual, weights, patch,
+        needs,
+    )  # fmt: skip

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from grcsf_kernels.triton import launch
-from grcsf_kernels.triton.rcu_attend_map import map_gradient
 from grcsf_kernels.triton.rcu_patch import (
     STEP,
     column_constants,
+    gradients,
     grid_3d,
     sizes_3d,
     strides_3d,
+    weight_slots,
 )
 from grcsf_kernels.triton.rcu_score import score_gradients, scores_of
 from grcsf_kernels.triton.rcu_volume_kernels import (
@@ -249,17 +250,14 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of all ten tensors, in the order of the operator (None where not needed)."""
     *weights, patch, needs = weights_and_options
-    query_weight, query_bias = weights[:2]
+    query_weight = weights[0]
     own = _patches(x, residual, query_weight, patch)
     found = _tables(own, weights, fields=3)
-    maps, heads, channels = own.columns["K"], own.columns["HEADS"], own.columns["C"]
     items = own.count * own.pieces
     programs = min(items, own.tiles["PROGRAMS"])
     grad_score = query_weight.new_empty((own.count, own.pieces))
-    of_query = query_weight.new_zeros((programs, maps, heads, 1, channels))
-    of_query_bias = query_weight.new_zeros((programs, *query_bias.shape))
-    of_value = query_weight.new_zeros((programs, maps, heads, 1, channels))
-    of_value_bias = query_weight.new_zeros((programs, channels))
+    slots = weight_slots(query_weight, programs)
+    of_query, of_query_bias, of_value, of_value_bias = slots
     sizes = [*own.geometry(), *own.strides(), own.pieces, own.chunk, items, programs]
     constants = own.pass_constants() | {"T": found.most, "FIELDS": 3}
     launch.launch(
@@ -300,28 +298,7 @@ def backward(
         *sizes,
         **constants,
     )
-    grad_residual = None
-    if needs[1]:
-        query_weight, query_bias, value_weight = weights[:3]
-        grad_residual = map_gradient(
-            grad_out,
-            scores,
-            x,
-            residual,
-            query_weight,
-            query_bias,
-            value_weight,
-            patch,
-            means=found.means,
-            grad_means=grad_means,
-        ).to(residual.dtype)
-    grads = (
-        grad_x,
-        grad_residual,
-        of_query.sum(dim=0),
-        of_query_bias.sum(dim=0),
-        of_value.sum(dim=0).permute(0, 3, 1, 2).contiguous(),
-        of_value_bias.sum(dim=0).expand(maps, -1).contiguous(),
-        *of_score,
-    )
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return gradients(
+        grad_x, slots, of_score, grad_means, found.means, grad_out, scores, x, residual, weights,
+        patch, needs,
+    )  # fmt: skip
