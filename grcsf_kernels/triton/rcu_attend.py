@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``rcu`` in Triton without tables: attention summed directly, for any number of map channels.
 
-The kernels are in ``rcu_attend_kernels.py`` (forward, backward), ``rcu_attend_map.py`` (the map's
-gradient) and ``rcu_means.py``; the score of a patch is computed in ``rcu_score.py``.
+The kernels are in ``rcu_attend_kernels.py`` (forward), ``rcu_attend_backward.py``,
+``rcu_attend_map.py`` (the map's gradient) and ``rcu_means.py``; the score of a patch is computed in
+``rcu_score.py``.
 
 Work grows with voxels times voxels of a patch. Extra memory: the means of patches; backward, at
 most ``_SHARE`` of grad_x for partial sums of the weights' gradients.
@@ -17,10 +18,8 @@ import torch
 from torch import Tensor
 
 from grcsf_kernels.triton.launch import blocks, launch
-from grcsf_kernels.triton.rcu_attend_kernels import (
-    grcsf_rcu_attend_backward,
-    grcsf_rcu_attend_forward,
-)
+from grcsf_kernels.triton.rcu_attend_backward import grcsf_rcu_attend_backward
+from grcsf_kernels.triton.rcu_attend_kernels import grcsf_rcu_attend_forward
 from grcsf_kernels.triton.rcu_attend_map import map_gradient
 from grcsf_kernels.triton.rcu_attend_tiles import geometry, tiles
 from grcsf_kernels.triton.rcu_means import add_means_gradient, means
