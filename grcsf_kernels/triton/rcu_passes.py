@@ -48,6 +48,27 @@ def voxel_share(box, PZ, PY, PX, like):
 
 
 @triton.jit
+def project(
+    data, weight, in_x, valid, sxc, stride_k, stride_h, stride_c,
+    C: tl.constexpr, HEADS: tl.constexpr, KH: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Voxels at ``in_x`` [voxels, C] times a weight [K, heads, C] of any strides: [voxels, N]."""
+    dtype: tl.constexpr = tl.float64 if PRECISION == "float64" else tl.float32
+    found = tl.zeros((in_x.shape[0], N), dtype)
+    for c0 in tl.static_range(0, C, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        mask = valid[:, None] & (c < C)[None, :]
+        wide_c = c.to(tl.int64) if WIDE else c
+        own = tl.load(data + in_x[:, None] + wide_c[None, :] * sxc, mask=mask, other=0.0)
+        found += columns_of(
+            compute(own, PRECISION), weight, c, stride_k, stride_h, stride_c,
+            C, HEADS, KH, N, PARTS, PRECISION,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
 def survey(
     X, R, QW, QB, W1, MEANS, box, strides, PZ, PY, PX, first, last,
     C: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr,
@@ -185,14 +206,10 @@ def output_pass(
         v = v0 + tl.arange(0, BLOCK_V)
         z, y, x, valid = place(v, box, PZ, PY, PX, EVEN, WIDE)
         in_x = z * sxz + y * sxy + x * sxx
-        a = tl.zeros((BLOCK_V, N), bias.dtype)
-        for c0 in tl.static_range(0, C, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            mask = valid[:, None] & (c < C)[None, :]
-            wide_c = c.to(tl.int64) if WIDE else c
-            own = tl.load(X + in_x[:, None] + wide_c[None, :] * sxc, mask=mask, other=0.0)
-            own = compute(own, PRECISION)
-            a += columns_of(own, QW, c, HEADS * C, C, 1, C, HEADS, KH, N, PARTS, PRECISION)
+        a = project(
+            X, QW, in_x, valid, sxc, HEADS * C, C, 1,
+            C, HEADS, KH, N, PARTS, BLOCK_C, WIDE, PRECISION,
+        )  # fmt: skip
         a += bias[None, :]
         expected = evaluate(
             a, R, box, PZ, PY, PX, low, high, tabulated, mean, variance, node, step, nodes,
@@ -249,17 +266,14 @@ def value_pass(
         v = v0 + tl.arange(0, BLOCK_V)
         z, y, x, valid = place(v, box, PZ, PY, PX, EVEN, WIDE)
         in_x = z * sxz + y * sxy + x * sxx
-        a = tl.zeros((BLOCK_V, N), bias.dtype)
-        ge = tl.zeros((BLOCK_V, N), bias.dtype)
-        for c0 in tl.static_range(0, C, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            mask = valid[:, None] & (c < C)[None, :]
-            wide_c = c.to(tl.int64) if WIDE else c
-            offsets = in_x[:, None] + wide_c[None, :] * sxc
-            own = compute(tl.load(X + offsets, mask=mask, other=0.0), PRECISION)
-            a += columns_of(own, QW, c, HEADS * C, C, 1, C, HEADS, KH, N, PARTS, PRECISION)
-            go = compute(tl.load(GO + offsets, mask=mask, other=0.0), PRECISION)
-            ge += columns_of(go, VW, c, C * HEADS, 1, HEADS, C, HEADS, KH, N, PARTS, PRECISION)
+        a = project(
+            X, QW, in_x, valid, sxc, HEADS * C, C, 1,
+            C, HEADS, KH, N, PARTS, BLOCK_C, WIDE, PRECISION,
+        )  # fmt: skip
+        ge = project(
+            GO, VW, in_x, valid, sxc, C * HEADS, 1, HEADS,
+            C, HEADS, KH, N, PARTS, BLOCK_C, WIDE, PRECISION,
+        )  # fmt: skip
         a += bias[None, :]
         expected = evaluate(
             a, R, box, PZ, PY, PX, low, high, tabulated, mean, variance, node, step, nodes,
@@ -309,17 +323,14 @@ def query_pass(
         v = v0 + tl.arange(0, BLOCK_V)
         z, y, x, valid = place(v, box, PZ, PY, PX, EVEN, WIDE)
         in_x = z * sxz + y * sxy + x * sxx
-        a = tl.zeros((BLOCK_V, N), bias.dtype)
-        ge = tl.zeros((BLOCK_V, N), bias.dtype)
-        for c0 in tl.static_range(0, C, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            mask = valid[:, None] & (c < C)[None, :]
-            wide_c = c.to(tl.int64) if WIDE else c
-            offsets = in_x[:, None] + wide_c[None, :] * sxc
-            own = compute(tl.load(X + offsets, mask=mask, other=0.0), PRECISION)
-            a += columns_of(own, QW, c, HEADS * C, C, 1, C, HEADS, KH, N, PARTS, PRECISION)
-            go = compute(tl.load(GO + offsets, mask=mask, other=0.0), PRECISION)
-            ge += columns_of(go, VW, c, C * HEADS, 1, HEADS, C, HEADS, KH, N, PARTS, PRECISION)
+        a = project(
+            X, QW, in_x, valid, sxc, HEADS * C, C, 1,
+            C, HEADS, KH, N, PARTS, BLOCK_C, WIDE, PRECISION,
+        )  # fmt: skip
+        ge = project(
+            GO, VW, in_x, valid, sxc, C * HEADS, 1, HEADS,
+            C, HEADS, KH, N, PARTS, BLOCK_C, WIDE, PRECISION,
+        )  # fmt: skip
         a += bias[None, :]
         slope = evaluate(
             a, R, box, PZ, PY, PX, low, high, tabulated, variance, third, node, step, nodes,
