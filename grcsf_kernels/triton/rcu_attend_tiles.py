@@ -67,9 +67,19 @@ class Geometry:
     strides: tuple[int, ...]
 
     @property
+    def grid(self) -> tuple[int, ...]:
+        """Patches along each axis."""
+        return tuple(blocks(s, p) for s, p in zip(self.sizes, self.patch, strict=True))
+
+    @property
     def patches(self) -> int:
         """All patches, of all samples."""
-        return self.batch * prod(blocks(s, p) for s, p in zip(self.sizes, self.patch, strict=True))
+        return self.batch * prod(self.grid)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no edge of the volume cuts a patch."""
+        return all(size % own == 0 for size, own in zip(self.sizes, self.patch, strict=True))
 
     @property
     def voxels(self) -> int:
@@ -84,11 +94,10 @@ class Geometry:
         """PATCH_Y, PATCH_X and EVEN, for kernels that take voxels in blocks of these sizes."""
         _, y, x = self.patch
         fixed = all(own & (own - 1) == 0 and own <= _LARGEST_COMPILED for own in (y, x))
-        whole = all(size % own == 0 for size, own in zip(self.sizes, self.patch, strict=True))
         return {
             "PATCH_Y": y if fixed else 0,
             "PATCH_X": x if fixed else 0,
-            "EVEN": whole and all(self.voxels % block == 0 for block in block_sizes),
+            "EVEN": self.whole and all(self.voxels % block == 0 for block in block_sizes),
         }
 
 

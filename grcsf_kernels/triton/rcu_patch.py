@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grcsf_kernels.triton import launch
 from grcsf_kernels.triton.rcu_attend_map import map_gradient
+from grcsf_kernels.triton.rcu_attend_tiles import Geometry, geometry
 from grcsf_kernels.triton.rcu_patch_kernels import (
     grcsf_rcu_patch_backward,
     grcsf_rcu_patch_forward,
@@ -21,17 +22,6 @@ from grcsf_kernels.triton.rcu_score import score_gradients
 # (step of a table) * (range of r): the spline's error is below the rounding of the data
 # (docs/operators.md). float64 would need thousands of nodes: direct sums.
 STEP = {torch.float32: 0.25, torch.bfloat16: 0.5, torch.float16: 0.5}
-
-
-def sizes_3d(sizes: Sequence[int]) -> list[int]:
-    """Three sizes, depth 1 for an image."""
-    return [1] * (3 - len(sizes)) + list(sizes)
-
-
-def strides_3d(x: Tensor) -> list[int]:
-    """Strides of [B, C, D, H, W], 0 for the depth of an image."""
-    b, c, *space = x.stride()
-    return [b, c, *([0] * (3 - len(space))), *space]
 
 
 def column_constants(query_weight: Tensor, precision: str) -> dict[str, int]:
@@ -48,41 +38,30 @@ def column_constants(query_weight: Tensor, precision: str) -> dict[str, int]:
 
 
 def patch_constants(
-    x: Tensor, residual: Tensor, weights: Sequence[Tensor], patch: Sequence[int], kernel: str
+    kernel: str, place: Geometry, x: Tensor, residual: Tensor, weights: Sequence[Tensor]
 ) -> dict[str, Any]:
     """Compile-time constants of a kernel of ``rcu_patch.py``."""
     precision = launch.precision(x)
     columns = column_constants(weights[0], precision)
     hidden = weights[4].shape[0]
-    sizes = sizes_3d(patch)
-    voxels = prod(sizes)
-    padded = launch.power_of_2(voxels, 16)
+    padded = launch.power_of_2(place.voxels, 16)
     own = launch.parameters("rcu", kernel, x)
     own["BLOCK_V"] = min(own["BLOCK_V"], padded)
     own["BLOCK_J"] = min(own["BLOCK_J"], padded)
     own["KEYS"] = min(own["KEYS"], padded)
     own["BLOCK_C"] = min(own["BLOCK_C"], launch.power_of_2(columns["C"], 16))
-    whole = all(s % p == 0 for s, p in zip(sizes_3d(x.shape[2:]), sizes, strict=True))
     return {
-        **dict(zip(("PZ", "PY", "PX"), sizes, strict=True)),
+        **dict(zip(("PZ", "PY", "PX"), place.patch, strict=True)),
         **columns,
         "K2": launch.power_of_2(columns["K"]),
         "M": hidden,
         "M2": launch.power_of_2(hidden),
         **own,
         "STEP": STEP.get(x.dtype, 1.0),
-        "EVEN": whole and voxels % max(own["BLOCK_V"], own["BLOCK_J"]) == 0,
+        "EVEN": place.whole and place.voxels % max(own["BLOCK_V"], own["BLOCK_J"]) == 0,
         "WIDE": launch.wide(x, residual),
         "PRECISION": precision,
     }
-
-
-def grid_3d(x: Tensor, patch: Sequence[int]) -> list[int]:
-    """Patches per axis, of three axes."""
-    return [
-        launch.blocks(size, own)
-        for size, own in zip(sizes_3d(x.shape[2:]), sizes_3d(patch), strict=True)
-    ]
 
 
 def weight_slots(query_weight: Tensor, programs: int) -> list[Tensor]:
@@ -142,10 +121,10 @@ def gradients(
 def forward(x: Tensor, residual: Tensor, *weights_and_patch: Any) -> tuple[Tensor, Tensor]:
     """``(out, scores)``; see :func:`grcsf_kernels.rcu`."""
     *weights, patch = weights_and_patch
-    space, grid = sizes_3d(x.shape[2:]), grid_3d(x, patch)
+    place = geometry(x, patch)
     out = torch.empty_like(x)
-    scores = weights[0].new_empty((x.shape[0], *grid[3 - len(patch) :]))
-    constants = patch_constants(x, residual, weights, patch, "patch_forward")
+    scores = weights[0].new_empty((x.shape[0], *place.grid[3 - len(patch) :]))
+    constants = patch_constants("patch_forward", place, x, residual, weights)
     programs = min(scores.numel(), constants.pop("PROGRAMS"))
     table = weights[0].new_empty((programs, constants["K"], constants["T"], 2))
     launch.launch(
@@ -157,10 +136,10 @@ def forward(x: Tensor, residual: Tensor, *weights_and_patch: Any) -> tuple[Tenso
         table,
         out,
         scores,
-        *space,
-        *grid,
-        *strides_3d(x),
-        prod(space),
+        *place.sizes,
+        *place.grid,
+        *place.strides,
+        prod(place.sizes),
         scores.numel(),
         programs,
         **constants,
@@ -179,9 +158,9 @@ def backward(
     """Gradients of all ten tensors, in the order of the operator (None where not needed)."""
     *weights, patch, needs = weights_and_options
     query_weight = weights[0]
-    space, grid = sizes_3d(x.shape[2:]), grid_3d(x, patch)
-    constants = patch_constants(x, residual, weights, patch, "patch_backward")
-    patches = scores.numel()
+    place = geometry(x, patch)
+    constants = patch_constants("patch_backward", place, x, residual, weights)
+    patches = place.patches
     programs = min(patches, constants.pop("PROGRAMS"))
     maps, _, _, channels = query_weight.shape
     grad_x = torch.empty_like(x)
@@ -205,10 +184,10 @@ def backward(
         grad_score,
         mean_gradient,
         *slots,
-        *space,
-        *grid,
-        *strides_3d(x),
-        prod(space),
+        *place.sizes,
+        *place.grid,
+        *place.strides,
+        prod(place.sizes),
         patches,
         programs,
         **constants,

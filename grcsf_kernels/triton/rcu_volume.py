@@ -16,15 +16,8 @@ import torch
 from torch import Tensor
 
 from grcsf_kernels.triton import launch
-from grcsf_kernels.triton.rcu_patch import (
-    STEP,
-    column_constants,
-    gradients,
-    grid_3d,
-    sizes_3d,
-    strides_3d,
-    weight_slots,
-)
+from grcsf_kernels.triton.rcu_attend_tiles import Geometry, geometry
+from grcsf_kernels.triton.rcu_patch import STEP, column_constants, gradients, weight_slots
 from grcsf_kernels.triton.rcu_score import score_gradients, scores_of
 from grcsf_kernels.triton.rcu_volume_kernels import (
     grcsf_rcu_volume_finish,
@@ -48,9 +41,7 @@ class _Patches:
 
     x: Tensor
     residual: Tensor
-    patch: list[int]
-    space: list[int]
-    grid: list[int]
+    place: Geometry
     columns: dict[str, int]
     tiles: dict[str, int]
     constants: dict[str, Any]
@@ -58,7 +49,7 @@ class _Patches:
     @property
     def count(self) -> int:
         """Patches of all samples."""
-        return self.x.shape[0] * prod(self.grid)
+        return self.place.patches
 
     @property
     def chunk(self) -> int:
@@ -68,15 +59,15 @@ class _Patches:
     @property
     def pieces(self) -> int:
         """Pieces of a patch."""
-        return launch.blocks(prod(self.patch), self.chunk)
+        return launch.blocks(self.place.voxels, self.chunk)
 
     def geometry(self) -> list[int]:
         """Run-time sizes, in the order that the kernels take them."""
-        return [*self.space, *self.grid, *self.patch]
+        return [*self.place.sizes, *self.place.grid, *self.place.patch]
 
     def strides(self) -> list[int]:
         """Run-time strides of x and of a map."""
-        return [*strides_3d(self.x), prod(self.space)]
+        return [*self.place.strides, prod(self.place.sizes)]
 
     def pass_constants(self) -> dict[str, Any]:
         """Constants of a pass over the voxels."""
@@ -90,16 +81,7 @@ def _patches(x: Tensor, residual: Tensor, query_weight: Tensor, patch: Sequence[
     tiles = launch.parameters("rcu", "volume", x)
     tiles["BLOCK_C"] = min(tiles["BLOCK_C"], launch.power_of_2(columns["C"], 16))
     constants = {"WIDE": launch.wide(x, residual), "PRECISION": precision}
-    return _Patches(
-        x,
-        residual,
-        sizes_3d(patch),
-        sizes_3d(x.shape[2:]),
-        grid_3d(x, patch),
-        columns,
-        tiles,
-        constants,
-    )
+    return _Patches(x, residual, geometry(x, patch), columns, tiles, constants)
 
 
 @dataclass(frozen=True)
@@ -154,7 +136,7 @@ def _tables(own: _Patches, weights: Sequence[Tensor], fields: int) -> _Tables:
     # Clamped, so that a constant map is its own center exactly.
     center = torch.minimum(torch.maximum(averages[:, own.columns["C"] :], least), greatest)
 
-    voxels, nodes_of_block = prod(own.patch), 2 * own.tiles["ROWS"]
+    voxels, nodes_of_block = own.place.voxels, 2 * own.tiles["ROWS"]
     tables = own.count * maps
     splits = max(1, min(_SPLITS, launch.blocks(4 * _SPLITS, max(tables, 1))))
     chunk = own.tiles["BLOCK_J"] * launch.blocks(voxels, own.tiles["BLOCK_J"] * splits)
@@ -187,7 +169,7 @@ def _tables(own: _Patches, weights: Sequence[Tensor], fields: int) -> _Tables:
             nodes,
             partial,
             *own.geometry(),
-            prod(own.space),
+            prod(own.place.sizes),
             blocks,
             splits,
             chunk,
@@ -237,7 +219,7 @@ def forward(x: Tensor, residual: Tensor, *weights_and_patch: Any) -> tuple[Tenso
         FIELDS=2,
         **own.pass_constants(),
     )
-    return out, scores.view(x.shape[0], *own.grid[3 - len(patch) :])
+    return out, scores.view(x.shape[0], *own.place.grid[3 - len(patch) :])
 
 
 def backward(
