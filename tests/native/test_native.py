@@ -37,8 +37,10 @@ def test_the_module_knows_nothing_of_torch():
     assert result.returncode == 0, result.stderr
     if shutil.which("ldd"):
         linked = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+        names = [line.split()[0] for line in linked.splitlines() if line.split()]  # no addresses
+        assert any(name.startswith("libc.so") for name in names), linked
         for library in ("torch", "c10", "gomp", "iomp", "cudart"):
-            assert library not in linked, linked
+            assert not any(library in name for name in names), linked
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps, which Linux has")
