@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize sanitize-quick lint format bench gpu-check clean
+.PHONY: demo test sanitize sanitize-quick emulate lint format bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
@@ -24,6 +24,11 @@ sanitize: $(VENV)/.installed
 
 sanitize-quick: $(VENV)/.installed
 	$(BIN)/python tests/native/sanitize.py --quick
+
+# The CUDA kernels without a GPU: compiled as C++, every thread a fibre, under sanitizers. Of some
+# tests only: make emulate TESTS="tests/ops/test_gcu.py -k cuda-emulated"
+emulate: $(VENV)/.installed
+	$(BIN)/python tests/native/sanitize.py --sanitizer emulated -- $(TESTS)
 
 # The whole suite, then the report: about 80 minutes on two cores. BENCH="--quick" takes minutes.
 bench: $(VENV)/.installed

@@ -19,7 +19,16 @@ from types import ModuleType
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPERATORS = ("residual_map", "gcu", "rcu")
 
-_ROOMS = {"reference": "reference", "cpu": "native", "triton": "triton", "cuda": "native"}
+# The CUDA kernels on CPU tensors, in a build for tests: can be asked for, is never chosen.
+EMULATED = "cuda-emulated"
+
+_ROOMS = {
+    "reference": "reference",
+    "cpu": "native",
+    "triton": "triton",
+    "cuda": "native",
+    EMULATED: "native",
+}
 _PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 # The override is process-wide, not per thread: autograd runs the backward of CUDA tensors in
@@ -90,7 +99,7 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def _check_name(name: str, where: str) -> None:
-    if name not in BACKENDS:
+    if name not in _ROOMS:
         raise ValueError(f"{where} names backend {name!r}, expected one of {', '.join(BACKENDS)}")
 
 

@@ -7,6 +7,7 @@
 namespace grcsf::python {
 
 void bind_exponential(pybind11::module_& module);
+void bind_faults(pybind11::module_& module);  // of tests/emulation
 void bind_gcu(pybind11::module_& module);
 void bind_pool(pybind11::module_& module);
 void bind_rcu(pybind11::module_& module);

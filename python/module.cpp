@@ -18,8 +18,15 @@ namespace {
 // The operators with a kernel, by backend: what dispatch reads.
 py::dict operators() {
   py::dict found;
-  found["cpu"] = py::make_tuple("residual_map", "gcu", "rcu");
+  const auto cuda = py::make_tuple("residual_map");
+#ifdef GRCSF_EMULATED
+  found["cpu"] = py::tuple();
   found["cuda"] = py::tuple();
+  found["cuda-emulated"] = cuda;
+#else
+  found["cpu"] = py::make_tuple("residual_map", "gcu", "rcu");
+  found["cuda"] = cuda;
+#endif
   return found;
 }
 
@@ -53,9 +60,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", [] { return grcsf::isa_name(grcsf::isa()); }, "Instruction set in use.");
   module.def("cuda_info", cuda_info,
              "What the CUDA build sees of this machine; None without CUDA.");
+#ifdef GRCSF_EMULATED
+  grcsf::python::bind_faults(module);
+#else
   grcsf::python::bind_exponential(module);
   grcsf::python::bind_gcu(module);
-  grcsf::python::bind_pool(module);
   grcsf::python::bind_rcu(module);
+#endif
+  grcsf::python::bind_pool(module);
   grcsf::python::bind_residual_map(module);
 }

@@ -5,7 +5,9 @@
 #include <array>
 
 #include "bindings.h"
+#include "call.h"
 #include "cpu/residual_map.h"
+#include "cuda/residual_map.h"
 #include "dlpack.h"
 
 namespace py = pybind11;
@@ -16,7 +18,7 @@ namespace {
 ResidualMapArguments arguments_of(const py::object& image, const py::object& prediction,
                                   const py::object& hidden,
                                   const std::array<std::int64_t, 3>& patch, bool normalized_target,
-                                  bool average_reconstructions, double eps, int threads) {
+                                  bool average_reconstructions, double eps, const Call& call) {
   ResidualMapArguments arguments;
   arguments.image = view_of(image, "image");
   arguments.prediction = view_of(prediction, "prediction");
@@ -25,7 +27,8 @@ ResidualMapArguments arguments_of(const py::object& image, const py::object& pre
   arguments.normalized_target = normalized_target;
   arguments.average_reconstructions = average_reconstructions;
   arguments.eps = eps;
-  arguments.threads = threads;
+  arguments.threads = call.threads;
+  arguments.cuda = call.cuda;
   return arguments;
 }
 
@@ -35,27 +38,30 @@ void bind_residual_map(py::module_& module) {
   module.def("residual_map_forward",
              [](const py::object& image, const py::object& prediction, const py::object& hidden,
                 const std::array<std::int64_t, 3>& patch, bool normalized_target,
-                bool average_reconstructions, double eps, int threads, const py::object& residual) {
+                bool average_reconstructions, double eps, const py::tuple& resources,
+                const py::object& residual) {
+               const Call call(resources);
                auto arguments = arguments_of(image, prediction, hidden, patch, normalized_target,
-                                             average_reconstructions, eps, threads);
+                                             average_reconstructions, eps, call);
                arguments.residual = view_of(residual, "residual");
                const py::gil_scoped_release release;
-               residual_map_forward(arguments);
+               GRCSF_KERNEL(residual_map_forward, arguments.image)(arguments);
              });
-  module.def(
-      "residual_map_backward",
-      [](const py::object& image, const py::object& prediction, const py::object& hidden,
-         const std::array<std::int64_t, 3>& patch, bool normalized_target,
-         bool average_reconstructions, double eps, int threads, const py::object& grad_residual,
-         const py::object& grad_image, const py::object& grad_prediction) {
-        auto arguments = arguments_of(image, prediction, hidden, patch, normalized_target,
-                                      average_reconstructions, eps, threads);
-        arguments.grad_residual = view_of(grad_residual, "grad_residual");
-        arguments.grad_image = view_of(grad_image, "grad_image");
-        arguments.grad_prediction = view_of(grad_prediction, "grad_prediction");
-        const py::gil_scoped_release release;
-        residual_map_backward(arguments);
-      });
+  module.def("residual_map_backward",
+             [](const py::object& image, const py::object& prediction, const py::object& hidden,
+                const std::array<std::int64_t, 3>& patch, bool normalized_target,
+                bool average_reconstructions, double eps, const py::tuple& resources,
+                const py::object& grad_residual, const py::object& grad_image,
+                const py::object& grad_prediction) {
+               const Call call(resources);
+               auto arguments = arguments_of(image, prediction, hidden, patch, normalized_target,
+                                             average_reconstructions, eps, call);
+               arguments.grad_residual = view_of(grad_residual, "grad_residual");
+               arguments.grad_image = view_of(grad_image, "grad_image");
+               arguments.grad_prediction = view_of(grad_prediction, "grad_prediction");
+               const py::gil_scoped_release release;
+               GRCSF_KERNEL(residual_map_backward, arguments.image)(arguments);
+             });
 }
 
 }  // namespace grcsf::python

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import grcsf_kernels
 from grcsf_kernels import native
-from grcsf_kernels.dispatch import BACKENDS, OPERATORS, why_not
+from grcsf_kernels.dispatch import BACKENDS, EMULATED, OPERATORS, why_not
 from grcsf_kernels.triton import interpreting
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -36,7 +36,7 @@ def runs_on(operator: str) -> list[tuple[str, str]]:
     return [
         (backend, device)
         for device in DEVICES
-        for backend in BACKENDS
+        for backend in (*BACKENDS, EMULATED)
         if not why_not(backend, operator, device)
     ]
 

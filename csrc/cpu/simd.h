@@ -16,7 +16,7 @@
 #include <immintrin.h>
 #endif
 
-#include "common/half.h"
+#include "common/dtypes.h"
 #include "common/tensor_view.h"
 
 namespace grcsf {
@@ -48,38 +48,6 @@ using Integers = typename VectorOf<A>::integers;
 // Values in one vector.
 template <typename A>
 constexpr int lanes = vector_bytes / static_cast<int>(sizeof(A));
-
-// The type in which data of type T is computed with.
-template <typename T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <typename T>
-using ComputeType = typename ComputeOf<std::remove_const_t<T>>::type;
-
-template <typename T>
-struct TypeOf {
-  using type = T;
-};
-
-// Calls body(TypeOf<T>()) for the T that data of this dtype is stored in.
-template <typename Body>
-inline void for_dtype(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::float64:
-      return body(TypeOf<double>());
-    case DType::float32:
-      return body(TypeOf<float>());
-    case DType::float16:
-      return body(TypeOf<float16>());
-    default:
-      return body(TypeOf<bfloat16>());
-  }
-}
 
 // `count` rounded up to whole vectors of the widest instruction set: the pitch of a buffer row, on
 // cache lines of its own.

@@ -13,9 +13,12 @@ import os
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from grcsf_kernels.dispatch import EMULATED
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -68,17 +71,34 @@ def why_not(backend: str) -> str:
         if info is None:
             return build_info().get("cuda") or "the package was built without CUDA"
         return info["problem"]
+    if backend == EMULATED and not operators(EMULATED):
+        return "only a build for tests has it (make emulate)"
     return ""
 
 
 def device_types(backend: str) -> tuple[str, ...]:
     """The device type of the backend's tensors."""
-    return (backend,)
+    return ("cuda",) if backend == "cuda" else ("cpu",)
 
 
 def operators(backend: str) -> tuple[str, ...]:
     """The operators that the build has a kernel for."""
-    return library().operators()[backend]
+    return library().operators().get(backend, ())
+
+
+def resources(tensor: Tensor) -> tuple[int, int, Any]:
+    """What a kernel on this tensor may use besides its arguments, as ``_C`` takes it.
+
+    Threads of the CPU; the current CUDA stream of the tensor's device; and a function that gives
+    memory there for partial results: bytes -> (what to hold on to, address).
+    """
+
+    def allocate(size: int) -> tuple[Tensor, int]:
+        memory = torch.empty(size, dtype=torch.uint8, device=tensor.device)
+        return memory, memory.data_ptr()
+
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    return torch.get_num_threads(), stream, allocate
 
 
 def capsule(tensor: Tensor | None) -> object:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from grcsf_kernels.native import capsule, library, result_like, volume
+from grcsf_kernels.native import capsule, library, resources, result_like, volume
 
 
 def forward(
@@ -29,7 +28,7 @@ def forward(
         capsule(deep_gate),
         compensation == "similarity",
         eps,
-        torch.get_num_threads(),
+        resources(skip),
         capsule(volume(compensated)),
         capsule(volume(dissimilarity)),
     )
@@ -59,7 +58,7 @@ def backward(
         capsule(deep_gate),
         compensation == "similarity",
         eps,
-        torch.get_num_threads(),
+        resources(skip),
         capsule(volume(grad_compensated)),
         capsule(volume(grad_dissimilarity)),
         capsule(None if grad_skip is None else volume(grad_skip)),

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from grcsf_kernels.native import capsule, library, result_like, sizes_3d, volume
+from grcsf_kernels.native import capsule, library, resources, result_like, sizes_3d, volume
 
 
 def _residual_volume(residual: Tensor) -> Tensor:
@@ -23,7 +22,7 @@ def _inputs(x: Tensor, residual: Tensor, weights: Sequence[Tensor], patch: Seque
         capsule(_residual_volume(residual)),
         [capsule(weight) for weight in weights],
         sizes_3d(list(patch)),
-        torch.get_num_threads(),
+        resources(x),
     )
 
 

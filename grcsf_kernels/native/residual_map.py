@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from grcsf_kernels.native import capsule, library, result_like, sizes_3d, volume
+from grcsf_kernels.native import capsule, library, resources, result_like, sizes_3d, volume
 
 
 def forward(
@@ -30,7 +29,7 @@ def forward(
         normalized_target,
         average == "reconstructions",
         eps,
-        torch.get_num_threads(),
+        resources(image),
         capsule(volume(residual)),
     )
     return residual
@@ -58,7 +57,7 @@ def backward(
         normalized_target,
         average == "reconstructions",
         eps,
-        torch.get_num_threads(),
+        resources(image),
         capsule(volume(grad_residual)),
         capsule(None if grad_image is None else volume(grad_image)),
         capsule(grad_prediction),

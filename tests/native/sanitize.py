@@ -6,6 +6,9 @@ Python files, and the tests of the operators run on that copy, for AVX2 and for 
 64 bytes, which are those of AVX-512 on any processor. First a buffer is overrun on purpose: without
 a report of it nothing below would mean anything.
 
+*emulated*: the CUDA kernels, compiled as C++ and run on the CPU (``tests/emulation``), with their
+operators' tests and with faults that must be caught: ``make emulate``.
+
 *thread*: a program of its own (``races.cpp``), since OpenMP's runtime can't be seen into.
 """
 
@@ -24,6 +27,7 @@ import pybind11
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build/sanitize"
 PACKAGE = BUILD / "package"
+EMULATED = BUILD / "emulated-package"
 
 CHECK = """
 import ctypes, pathlib, sys
@@ -52,9 +56,14 @@ SLOW = (
 )
 
 
-def run(command: list[str], **environment: str) -> None:
+# What a sanitizer prints as it ends the process goes past --capture=sys.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-x"]
+PYTEST += ["--capture=sys"]
+
+
+def run(command: list[str], folder: Path = ROOT, **environment: str) -> None:
     """Run a step; the first that fails ends everything."""
-    result = subprocess.run(command, cwd=PACKAGE, env=os.environ | environment, check=False)
+    result = subprocess.run(command, cwd=folder, env=os.environ | environment, check=False)
     if result.returncode:
         raise SystemExit(f"failed ({result.returncode}): {' '.join(command)}")
 
@@ -67,7 +76,6 @@ def build(name: str, sanitizers: str, target: str, *options: str) -> Path:
     if cmake is None:
         raise SystemExit("cmake was not found")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    PACKAGE.mkdir(parents=True, exist_ok=True)
     run(
         [
             *(cmake, "-S", str(ROOT), "-B", str(folder), *generator),
@@ -82,9 +90,9 @@ def build(name: str, sanitizers: str, target: str, *options: str) -> Path:
     return folder
 
 
-def copy_package(folder: Path) -> None:
+def copy_package(folder: Path, package: Path) -> None:
     """The package's Python files, beside the sanitized ``_C``."""
-    target = PACKAGE / "grcsf_kernels"
+    target = package / "grcsf_kernels"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(
         ROOT / "grcsf_kernels", target, ignore=shutil.ignore_patterns("_C.*", "__pycache__")
@@ -102,22 +110,27 @@ def library(name: str) -> str:
     return os.path.realpath(found)
 
 
-def check_addresses(quick: bool) -> None:
-    """The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    if quick:
-        copy_package(build("quick", CHEAP, "_C", "-DGRCSF_BUILD_X86=OFF"))
-    else:
-        copy_package(build("address", "address;undefined", "_C"))
-    environment = {
+def environment_of(package: Path) -> dict[str, str]:
+    """The environment in which Python loads a sanitized ``_C``."""
+    return {
         # libstdc++ too: Python does not link it, and exceptions are looked up at the start.
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
         "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=32",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(PACKAGE),
+        "PYTHONPATH": str(package),
         # Only native code is looked at: Triton is not even loaded.
         "TRITON_INTERPRET": "0",
         "CI": "1",
     }
+
+
+def check_addresses(quick: bool) -> None:
+    """The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if quick:
+        copy_package(build("quick", CHEAP, "_C", "-DGRCSF_BUILD_X86=OFF"), PACKAGE)
+    else:
+        copy_package(build("address", "address;undefined", "_C"), PACKAGE)
+    environment = environment_of(PACKAGE)
     result = subprocess.run(
         [sys.executable, "-c", OVERRUN],
         env=os.environ | environment,
@@ -133,11 +146,20 @@ def check_addresses(quick: bool) -> None:
     chosen = f"cpu-cpu and not ({SLOW})" if quick else "cpu-cpu or bits_do_not_depend"
     tests = [str(ROOT / "tests/ops"), str(ROOT / "tests/native/test_threads.py")]
     for isa in ("portable",) if quick else ("portable", "avx2"):
-        run([sys.executable, "-c", CHECK, str(PACKAGE)], GRCSF_CPU_ISA=isa, **environment)
-        pytest = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml")]
-        # What a sanitizer prints as it ends the process goes past --capture=sys.
-        pytest += ["-x", "--capture=sys", "-k", chosen, *tests]
-        run(pytest, GRCSF_CPU_ISA=isa, **environment)
+        check = [sys.executable, "-c", CHECK, str(PACKAGE)]
+        run(check, PACKAGE, GRCSF_CPU_ISA=isa, **environment)
+        run([*PYTEST, "-k", chosen, *tests], PACKAGE, GRCSF_CPU_ISA=isa, **environment)
+
+
+def check_emulated(arguments: list[str]) -> None:
+    """The CUDA kernels as C++, under both sanitizers; ``arguments`` go to pytest."""
+    folder = build("emulated", "address;undefined", "_C", "-DGRCSF_EMULATE_CUDA=ON")
+    copy_package(folder, EMULATED)
+    environment = environment_of(EMULATED)
+    run([sys.executable, "-c", CHECK, str(EMULATED)], EMULATED, **environment)
+    tests = [str(ROOT / "tests/ops"), str(ROOT / "tests/emulation")]
+    chosen = ["-k", "cuda-emulated or emulation", *tests]
+    run([*PYTEST, *(arguments or chosen)], EMULATED, **environment)
 
 
 def check_races() -> None:
@@ -152,9 +174,12 @@ def check_races() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="minutes: a part, portable only")
-    parser.add_argument("--sanitizer", choices=("address", "thread"), default="address")
+    parser.add_argument("--sanitizer", choices=("address", "thread", "emulated"), default="address")
+    parser.add_argument("tests", nargs="*", help="of emulated: arguments of pytest instead of all")
     options = parser.parse_args()
-    if options.sanitizer == "thread":
+    if options.sanitizer == "emulated":
+        check_emulated(options.tests)
+    elif options.sanitizer == "thread":
         check_races()
     else:
         check_addresses(options.quick)

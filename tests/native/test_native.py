@@ -162,8 +162,9 @@ def test_more_than_2_to_the_31_elements():
 def test_wrong_capsules_are_refused():
     module = native.library()
     good = native.capsule(torch.zeros(1, 1, 1, 2, 2))
+    options = ([1, 1, 1], False, False, 1e-6, native.resources(torch.zeros(1)))
     with pytest.raises(TypeError, match="image is not an unused DLPack capsule"):
-        module.residual_map_forward(3, good, None, [1, 1, 1], False, False, 1e-6, 1, good)
+        module.residual_map_forward(3, good, None, *options, good)
     integers = native.capsule(torch.zeros(1, dtype=torch.int64))
     with pytest.raises(TypeError, match="prediction has a DLPack dtype that no kernel takes"):
-        module.residual_map_forward(good, integers, None, [1, 1, 1], False, False, 1e-6, 1, good)
+        module.residual_map_forward(good, integers, None, *options, good)
