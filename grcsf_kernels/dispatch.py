@@ -9,12 +9,18 @@ error of an explicit choice and by :func:`backends`, so that the three can never
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPERATORS = ("residual_map", "gcu", "rcu")
@@ -133,11 +139,16 @@ def use_backend(name: str) -> Iterator[None]:
         _overrides.pop()
 
 
-def select(operator: str, device_type: str) -> str:
+def select(operator: str, device_type: str, data: Tensor | None = None) -> str:
     """The backend that runs ``operator`` on tensors of ``device_type``.
 
     ``use_backend`` comes before ``GRCSF_BACKEND``, and that before the automatic choice, which
     falls back to ``reference`` and says so once for each operator and device type.
+
+    Args:
+        operator: one of ``OPERATORS``.
+        device_type: such as ``"cuda"``.
+        data: the operator's first argument, for what depends on dtype and size.
 
     Raises:
         ValueError: ``GRCSF_BACKEND`` names no backend.
@@ -150,7 +161,7 @@ def select(operator: str, device_type: str) -> str:
         if reason:
             raise RuntimeError(f"{operator}: backend {forced!r} was asked for, but {reason}")
         return forced
-    backend, reasons = automatic(operator, device_type)
+    backend, reasons = automatic(operator, device_type, data)
     if backend == "reference" and (operator, device_type) not in _warned:
         _warned.add((operator, device_type))
         why = "; ".join(reasons) or f"no backend has kernels for {device_type} tensors"
@@ -163,10 +174,33 @@ def select(operator: str, device_type: str) -> str:
     return backend
 
 
-def automatic(operator: str, device_type: str) -> tuple[str, list[str]]:
+@cache
+def evidence() -> tuple[dict[str, Any], ...]:
+    """What was measured to be faster on ``triton`` than on ``cuda``: rows of ``evidence.json``.
+
+    Each row names operator, dtype, a range of voxels of one sample, and the committed results that
+    it comes from; ``benchmarks/evidence.py`` writes them.
+    """
+    return tuple(json.loads(Path(__file__).with_name("evidence.json").read_text())["rows"])
+
+
+def _faster_on_triton(operator: str, data: Tensor) -> bool:
+    voxels, dtype = data.shape[2:].numel(), str(data.dtype).removeprefix("torch.")
+    return any(
+        row["operator"] == operator
+        and row["dtype"] == dtype
+        and row["voxels"][0] <= voxels < row["voxels"][1]
+        for row in evidence()
+    )
+
+
+def automatic(operator: str, device_type: str, data: Tensor | None = None) -> tuple[str, list[str]]:
     """The backend that is taken when none is asked for, and why each better one was not."""
     reasons: list[str] = []
-    for backend in _PREFERENCE.get(device_type, ()):
+    preference = _PREFERENCE.get(device_type, ())
+    if "triton" in preference and data is not None and _faster_on_triton(operator, data):
+        preference = ("triton", *(name for name in preference if name != "triton"))
+    for backend in preference:
         reason = why_not(backend, operator, device_type)
         if not reason:
             return backend, reasons
@@ -174,7 +208,7 @@ def automatic(operator: str, device_type: str) -> tuple[str, list[str]]:
     return "reference", reasons
 
 
-def implementation(operator: str, device_type: str) -> ModuleType:
-    """The module with ``forward`` and ``backward`` of ``operator`` for this device type."""
-    backend = select(operator, device_type)
+def implementation(operator: str, data: Tensor) -> ModuleType:
+    """The module with ``forward`` and ``backward`` of ``operator`` for its first argument."""
+    backend = select(operator, data.device.type, data)
     return importlib.import_module(f"grcsf_kernels.{_ROOMS[backend]}.{operator}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from support import example, run_python
 
 import grcsf_kernels
 from grcsf_kernels import dispatch, doctor
+
+_ROOT = Path(__file__).parents[1]
 
 
 def test_backends_says_which_there_are_and_why_others_are_not():
@@ -33,8 +36,8 @@ def calls(monkeypatch):
     ran = []
     original = dispatch.select
 
-    def select(operator, device_type):
-        ran.append(original(operator, device_type))
+    def select(operator, device_type, data=None):
+        ran.append(original(operator, device_type, data))
         return ran[-1]
 
     monkeypatch.setattr(dispatch, "select", select)
@@ -100,6 +103,28 @@ def test_a_backend_is_for_its_own_device():
     assert "runs on cpu tensors, and these are on cuda" in dispatch.why_not(
         "cpu", "residual_map", "cuda"
     )
+
+
+def test_triton_is_taken_where_it_was_measured_to_be_faster(monkeypatch):
+    row = {"operator": "gcu", "dtype": "bfloat16", "voxels": [64, 128], "source": "a folder"}
+    monkeypatch.setattr(dispatch, "evidence", lambda: (row,))
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, *args: "")
+
+    def chosen(operator, dtype, *space):
+        data = torch.empty(2, 3, *space, dtype=dtype)
+        return dispatch.select(operator, "cuda", data)
+
+    assert chosen("gcu", torch.bfloat16, 4, 4, 4) == "triton"
+    assert chosen("gcu", torch.bfloat16, 4, 4, 8) == "cuda"
+    assert chosen("gcu", torch.float16, 4, 4, 4) == "cuda"
+    assert chosen("rcu", torch.bfloat16, 4, 4, 4) == "cuda"
+    assert dispatch.select("gcu", "cuda") == "cuda"
+
+
+def test_every_row_of_the_evidence_has_its_source():
+    for row in dispatch.evidence():
+        assert (_ROOT / row["source"]).is_dir(), row
+        assert row["operator"] in dispatch.OPERATORS and row["voxels"][0] < row["voxels"][1]
 
 
 def test_falling_back_is_said_once(monkeypatch):

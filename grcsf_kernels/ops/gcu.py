@@ -98,7 +98,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     _check(skip, deep, skip_gate, deep_gate, compensation, eps)
     layout = checks.layout_of(skip)
-    compensated, dissimilarity = dispatch.implementation("gcu", skip.device.type).forward(
+    compensated, dissimilarity = dispatch.implementation("gcu", skip).forward(
         checks.dense(skip, layout),
         checks.dense(deep, layout),
         skip_gate.contiguous(),
@@ -138,7 +138,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = checks.layout_of(skip)
-    grads = dispatch.implementation("gcu", skip.device.type).backward(
+    grads = dispatch.implementation("gcu", skip).backward(
         checks.dense(grad_compensated, layout),
         checks.dense(grad_dissimilarity),
         checks.dense(skip, layout),

@@ -158,7 +158,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     _check(x, residual, *weights, patch_size=patch_size)
     layout = checks.layout_of(x)
-    out, scores = dispatch.implementation("rcu", x.device.type).forward(
+    out, scores = dispatch.implementation("rcu", x).forward(
         checks.dense(x, layout),
         residual.contiguous(),
         *(weight.contiguous() for weight in weights),
@@ -186,7 +186,7 @@ def _backward(
     *weights, patch_size, needs = weights_and_options
     layout = checks.layout_of(x)
     grads = list(
-        dispatch.implementation("rcu", x.device.type).backward(
+        dispatch.implementation("rcu", x).backward(
             checks.dense(grad_out, layout),
             grad_scores.contiguous(),
             scores.contiguous(),

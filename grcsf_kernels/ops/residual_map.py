@@ -144,7 +144,7 @@ def _forward(
 ) -> Tensor:
     _check(image, prediction, hidden, patch_size, normalized_target, average, eps)
     sizes = checks.patch_tuple("residual_map", patch_size, image.ndim - 2)
-    residual = dispatch.implementation("residual_map", image.device.type).forward(
+    residual = dispatch.implementation("residual_map", image).forward(
         *_dense_arguments(image, prediction, hidden), sizes, normalized_target, average, eps
     )
     return checks.dense(residual, checks.layout_of(image))
@@ -177,9 +177,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     layout = checks.layout_of(image)
     sizes = checks.patch_tuple("residual_map", patch_size, image.ndim - 2)
-    grad_image, grad_prediction = dispatch.implementation(
-        "residual_map", image.device.type
-    ).backward(
+    grad_image, grad_prediction = dispatch.implementation("residual_map", image).backward(
         checks.dense(grad_residual, layout),
         *_dense_arguments(image, prediction, hidden),
         sizes,
