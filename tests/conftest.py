@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import interpreter
 import torch
 from hypothesis import settings
+
+# The benchmarks are a package of the checkout. Last, so that an installed package comes before it.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 # Without a GPU Triton's interpreter runs the Triton kernels. Read when Triton is imported, so it is
 # set before anything else is.

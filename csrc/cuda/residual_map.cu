@@ -24,10 +24,13 @@ namespace cuda {
 namespace {
 
 constexpr int block_threads = 256;
-constexpr int together = 4;                 // draws whose loads are under way at the same time
-constexpr std::int64_t warp_values = 1024;  // tokens of up to so many values: a warp each
-constexpr std::int64_t piece_values = 4096;
-constexpr std::int64_t kept_bytes = 48 << 10;  // gradients that a block keeps in shared memory
+constexpr int together = 4;  // draws whose loads are under way at the same time
+
+// Tokens of up to so many values: a warp each.
+inline std::int64_t warp_values() { return from_size(1024, 64); }
+inline std::int64_t piece_values() { return from_size(4096, 256); }
+// Gradients that a block keeps in shared memory.
+inline std::int64_t kept_bytes() { return from_size(48 << 10, 2 << 10); }
 
 struct Map {
   const void *image, *prediction, *grad_residual;
@@ -153,7 +156,7 @@ __device__ __forceinline__ void each_draw(const Map& m, std::int64_t token, int 
 }
 
 template <typename T, typename P, int N>
-__global__ void __launch_bounds__(block_threads) residual_map_forward_kernel(const Map m) {
+__global__ void __launch_bounds__(block_threads, 2) residual_map_forward_kernel(const Map m) {
   using A = ComputeType<T>;
   SharedArena arena;
   const auto space = arena.take<A>(block_threads / warp_size);
@@ -258,7 +261,7 @@ __device__ __forceinline__ void direct_gradient(const Map& m, const Share& share
 //
 // Hazard: a thread reads from shared memory what itself wrote, so no barrier is needed.
 template <typename T, typename P, int N>
-__global__ void __launch_bounds__(block_threads) residual_map_backward_kernel(const Map m) {
+__global__ void __launch_bounds__(block_threads, 2) residual_map_backward_kernel(const Map m) {
   using A = ComputeType<T>;
   SharedArena arena;
   const auto space = arena.take<A>(block_threads / warp_size);
@@ -343,9 +346,9 @@ Map map_of(const ResidualMapArguments& arguments) {
   m.normalized = arguments.normalized_target;
   m.reconstructions = arguments.average_reconstructions;
   m.eps = arguments.eps;
-  m.lanes = m.values <= warp_values ? warp_size : block_threads;
-  m.pieces = m.normalized ? 1 : blocks_for(m.values, piece_values);
-  m.piece = m.pieces == 1 ? m.values : piece_values;
+  m.lanes = m.values <= warp_values() ? warp_size : block_threads;
+  m.pieces = m.normalized ? 1 : blocks_for(m.values, piece_values());
+  m.piece = m.pieces == 1 ? m.values : piece_values();
   return m;
 }
 
@@ -384,7 +387,7 @@ struct Run {
     Map m = map_of(arguments);
     const std::size_t kept = shared_bytes<A>(block_threads / m.lanes * std::int64_t(m.values));
     const std::size_t sums = shared_bytes<A>(block_threads / warp_size);
-    m.kept = m.normalized && kept + sums <= kept_bytes;
+    m.kept = m.normalized && kept + sums <= kept_bytes();
     const auto kernel = fits_packs<T>(m) && aligned(m)
                             ? residual_map_backward_kernel<T, P, full_pack<T>>
                             : residual_map_backward_kernel<T, P, 1>;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What only the emulated module has: kernels with faults.
+// What only the emulated module has: kernels with faults, and the launches that were made.
 #include "bindings.h"
 
 #include <utility>
 
 #include "dlpack.h"
+#include "emulation.h"
 #include "faults.h"
 
 namespace py = pybind11;
@@ -38,6 +39,14 @@ void bind_faults(py::module_& module) {
   module.attr("faults") = faults;
   module.def("run_fault", [](int fault, const py::object& in, const py::object& out, int threads) {
     cuda::run_fault(static_cast<Fault>(fault), view_of(in, "in"), view_of(out, "out"), threads);
+  });
+  module.def("forget_launches", emulation::forget_launches, py::arg("only_note"));
+  module.def("launches", [] {
+    py::list found;
+    for (const auto& launch : emulation::launches()) {
+      found.append(py::make_tuple(launch.kernel, launch.blocks, launch.threads, launch.shared));
+    }
+    return found;
   });
 }
 

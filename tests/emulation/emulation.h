@@ -19,6 +19,7 @@
 #include <functional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -62,6 +63,19 @@ struct Where {
 
 // ---- Launching
 // -----------------------------------------------------------------------------------
+
+// What was launched since the last forget_launches().
+struct Launch {
+  std::string kernel;
+  std::int64_t blocks;
+  int threads;
+  std::size_t shared;
+};
+const std::vector<Launch>& launches();
+
+// Forgets launches; those that follow are noted and, if `only_note`, not run.
+void forget_launches(bool only_note);
+bool only_noting();
 
 // Runs `body` once for every thread of every block. Throws std::runtime_error for what is wrong.
 void run_blocks(const char* kernel, std::int64_t blocks, int threads, std::size_t shared,

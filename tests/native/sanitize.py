@@ -159,7 +159,14 @@ def check_emulated(arguments: list[str]) -> None:
     run([sys.executable, "-c", CHECK, str(EMULATED)], EMULATED, **environment)
     tests = [str(ROOT / "tests/ops"), str(ROOT / "tests/emulation")]
     chosen = ["-k", "cuda-emulated or emulation", *tests]
-    run([*PYTEST, *(arguments or chosen)], EMULATED, **environment)
+    # Paths as one types them, from the checkout.
+    named = [str(ROOT / a) if (ROOT / a.partition("::")[0]).exists() else a for a in arguments]
+    run([*PYTEST, *(named or chosen)], EMULATED, **environment)
+    if not arguments:
+        sys.path.insert(0, str(ROOT / "tests/emulation"))
+        import planted
+
+        planted.check(folder, EMULATED, BUILD, environment, PYTEST)
 
 
 def check_races() -> None:
