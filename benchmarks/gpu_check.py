@@ -105,6 +105,12 @@ def _kernels(gpu: str) -> Step:
     return Step("kernels", command, 45, missing)
 
 
+def _cuda_kernels() -> Step:
+    """Registers and spills of the CUDA kernels, as they were built."""
+    missing = "" if shutil.which("c++filt") else "c++filt is not on the path"
+    return Step("cuda_kernels", [_PYTHON, "-m", "benchmarks.cuda_kernels"], 30, missing)
+
+
 def plan(out: Path, gpu: str) -> list[Step]:
     """The steps in order; ``gpu`` says why there is none, or is empty."""
     pip = [_PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-e", "."]
@@ -128,6 +134,7 @@ def plan(out: Path, gpu: str) -> list[Step]:
         *_sanitizers(gpu),
         Step("ncu", ncu, 60, no_ncu),
         _kernels(gpu),
+        _cuda_kernels(),
         # Last, because it takes what time is left.
         Step("benchmarks", bench, _BUDGET, no_benchmark and f"missing: {no_benchmark}"),
     ]

@@ -70,6 +70,7 @@ def test_the_plan_says_what_is_missing(capsys):
         "initcheck",
         "ncu",
         "kernels",
+        "cuda_kernels",
         "benchmarks",
     ):
         assert f"\n{step}" in f"\n{printed}"
