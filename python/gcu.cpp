@@ -39,7 +39,7 @@ void bind_gcu(py::module_& module) {
     arguments.compensated = view_of(compensated, "compensated");
     arguments.dissimilarity = view_of(dissimilarity, "dissimilarity");
     const py::gil_scoped_release release;
-    gcu_forward(arguments);
+    GRCSF_KERNEL(gcu_forward, arguments.skip)(arguments);
   });
   module.def(
       "gcu_backward",
@@ -57,7 +57,7 @@ void bind_gcu(py::module_& module) {
         arguments.grad_skip_gate = view_of(grad_skip_gate, "grad_skip_gate");
         arguments.grad_deep_gate = view_of(grad_deep_gate, "grad_deep_gate");
         const py::gil_scoped_release release;
-        gcu_backward(arguments);
+        GRCSF_KERNEL(gcu_backward, arguments.skip)(arguments);
       });
 }
 

@@ -18,7 +18,7 @@ namespace {
 // The operators with a kernel, by backend: what dispatch reads.
 py::dict operators() {
   py::dict found;
-  const auto cuda = py::make_tuple("residual_map");
+  const auto cuda = py::make_tuple("residual_map", "gcu");
 #ifdef GRCSF_EMULATED
   found["cpu"] = py::tuple();
   found["cuda"] = py::tuple();
@@ -64,9 +64,9 @@ PYBIND11_MODULE(_C, module) {
   grcsf::python::bind_faults(module);
 #else
   grcsf::python::bind_exponential(module);
-  grcsf::python::bind_gcu(module);
   grcsf::python::bind_rcu(module);
 #endif
+  grcsf::python::bind_gcu(module);
   grcsf::python::bind_pool(module);
   grcsf::python::bind_residual_map(module);
 }

@@ -159,6 +159,14 @@ template <typename A>
 __device__ __forceinline__ A greatest(A a, A b) {
   return a < b ? b : a;
 }
+template <typename A>
+__device__ __forceinline__ A absolute(A value) {
+#ifdef GRCSF_EMULATED
+  return std::fabs(value);
+#else
+  return fabs(value);
+#endif
+}
 
 // 2^value. float: one instruction of the special-function unit, 2 ulp; subnormal results are 0.
 __device__ __forceinline__ float exp2_fast(float value) {

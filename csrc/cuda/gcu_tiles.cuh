@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of gcu over voxels share: positions, tiles, the upsampled tile, and the sums
+// over channels.
+//
+// A warp takes a tile: 32 / G neighbouring packs of voxels by G groups of channels, G a power of
+// two. A lane holds S packs of P values of skip in registers, loads all of them before it uses the
+// first, and takes the sums over its channels; shuffles add them up over the groups. No shared
+// memory and no barrier. Lanes that have the same voxels are neighbours.
+//
+// Three paths, by what a pack is:
+// - doubled: 16 bytes of neighbouring voxels of one channel, in rows of twice the size of the deep
+//   row. The deep columns around them are one vector and a value on either side, which are loaded
+//   and blended over z and y once.
+// - taps: likewise, or one value (any layout and alignment), with two deep columns a voxel.
+// - channels_last: 16 bytes of neighbouring channels of one voxel, with eight deep voxels as
+//   vectors.
+// More channels than the groups hold are taken in chunks; data is then read again in the second
+// pass over them, and found in cache.
+#pragma once
+
+#include "common/gcu.h"
+#include "cuda/launch.cuh"
+
+namespace grcsf {
+namespace cuda {
+namespace {
+
+constexpr int tile_threads = 128;
+
+enum class Path { doubled, taps, channels_last };
+
+// ---- Positions ---------------------------------------------------------------------------------
+
+// Division by a number that does not change in a launch: a product, where dividends fit 31 bits.
+struct Divider {
+  std::int64_t divisor = 1;
+  std::uint32_t magic = 0;
+  int shift = 0;
+  bool wide = false;
+
+  __host__ __device__ __forceinline__ std::int64_t quotient(std::int64_t dividend) const {
+    if (wide) return dividend / divisor;
+    const auto narrow = static_cast<std::uint32_t>(dividend);
+    const auto high = static_cast<std::uint32_t>(static_cast<std::uint64_t>(magic) * narrow >> 32);
+    return (high + narrow) >> shift;
+  }
+};
+
+// For dividends up to `largest`.
+inline Divider divider_of(std::int64_t divisor, std::int64_t largest) {
+  Divider result;
+  result.divisor = divisor;
+  result.wide = largest >= std::int64_t(1) << 31 || divisor >= std::int64_t(1) << 31;
+  if (result.wide) return result;
+  while ((std::int64_t(1) << result.shift) < divisor) ++result.shift;
+  const std::uint64_t over = (std::uint64_t(1) << result.shift) - divisor;
+  result.magic = static_cast<std::uint32_t>((over << 32) / divisor + 1);
+  return result;
+}
+
+// One axis: the position of voxel i is max(0, (i + 0.5) * deep / size - 0.5), a fraction of
+// integers over 2 * size, so that its floor and its rest are exact. In float32 it would be off by
+// 1e-5 voxels.
+struct Axis {
+  int size = 1, deep = 1;
+  std::int64_t ratio_size = 1, ratio_deep = 1;  // without common divisors
+  double inverse = 0.5;                         // 1 / (2 * ratio_size)
+  Divider by_size, by_deep;                     // by twice the ratio's
+
+  __host__ __device__ __forceinline__ std::int64_t numerator(int i) const {
+    const std::int64_t n = (2 * std::int64_t(i) + 1) * ratio_deep - ratio_size;
+    return n < 0 ? 0 : n;
+  }
+
+  // How far the position of voxel i is past deep voxel j. The weight of j there is 1 - |distance|,
+  // or 0.
+  template <typename A>
+  __device__ __forceinline__ A distance(int i, int j) const {
+    const std::int64_t last = 2 * ratio_size * (deep - 1);
+    const std::int64_t n = least(numerator(i), last);
+    return static_cast<A>(n - 2 * ratio_size * j) * static_cast<A>(inverse);
+  }
+
+  // The first voxel that takes from deep voxels >= j, and one past the last that takes from those
+  // <= j.
+  __host__ __device__ __forceinline__ int first_of(int j) const {
+    const std::int64_t n = (2 * std::int64_t(j) - 1) * ratio_size - ratio_deep;
+    return n < 0 ? 0 : static_cast<int>(by_deep.quotient(n)) + 1;
+  }
+  __host__ __device__ __forceinline__ int end_of(int j) const {
+    if (j >= deep - 1) return size;
+    const std::int64_t n = (2 * std::int64_t(j) + 3) * ratio_size - ratio_deep;
+    if (n <= 0) return 0;
+    const std::int64_t end = by_deep.quotient(n + 2 * ratio_deep - 1);
+    return end < size ? static_cast<int>(end) : size;
+  }
+};
+
+inline Axis axis_of(std::int64_t size, std::int64_t deep) {
+  Axis axis;
+  axis.size = static_cast<int>(size);
+  axis.deep = static_cast<int>(deep);
+  std::int64_t common = size, rest = deep;
+  while (rest != 0) {
+    const std::int64_t next = common % rest;
+    common = rest;
+    rest = next;
+  }
+  axis.ratio_size = size / common;
+  axis.ratio_deep = deep / common;
+  axis.inverse = 0.5 / static_cast<double>(axis.ratio_size);
+  const std::int64_t largest = 2 * (size + 2) * axis.ratio_deep + 2 * (deep + 2) * axis.ratio_size;
+  axis.by_size = divider_of(2 * axis.ratio_size, largest);
+  axis.by_deep = divider_of(2 * axis.ratio_deep, largest);
+  return axis;
+}
+
+// The lower deep voxel, how far the higher one is (0 at the end of the axis), and the weight of
+// that one.
+template <typename A>
+struct Position {
+  int low, step;
+  A fraction;
+};
+
+template <typename A>
+__device__ __forceinline__ Position<A> position_of(const Axis& axis, int i) {
+  const std::int64_t n = axis.numerator(i);
+  const int low = static_cast<int>(axis.by_size.quotient(n));
+  Position<A> position;
+  position.low = least(low, axis.deep - 1);
+  position.step = low < axis.deep - 1 ? 1 : 0;
+  const auto rest = static_cast<A>(n - low * 2 * axis.ratio_size);
+  position.fraction = position.step == 0 ? A(0) : rest * static_cast<A>(axis.inverse);
+  return position;
+}
+
+// ---- The work of a launch ----------------------------------------------------------------------
+
+struct Volumes {
+  const void *skip, *deep, *skip_gate, *deep_gate, *grad, *grad_dissimilarity;
+  void *compensated, *dissimilarity, *grad_skip, *grad_deep;  // gradients: null if not asked for
+  Axis z, y, x;
+  std::int64_t batch, voxels, deep_voxels;
+  std::int64_t channel_stride, deep_channel_stride, voxel_stride;
+  int channels;
+  bool similarity;
+  double eps;
+
+  // Tiles: packs of planes [plane_begin, plane_end).
+  int plane_begin, plane_end;
+  int group_bits, span;  // log2 of G; channels of a chunk
+  Divider row_packs, rows;
+  std::int64_t packs, tiles, warps;  // of a sample
+
+  // Backward.
+  void *cross, *radial;  // alpha and beta, [B, ring, H, W]: plane z at z % ring
+  int ring;
+  void* sums;  // for the gate of skip, [B, C, warps]
+  bool adds;   // to the sums of the slabs before
+};
+
+// How a lane's packs lie. S of them; the values of a pack are `voxels` voxels by `channels`
+// channels, one of which is 1.
+template <typename T, Path path, int size>
+struct Tiling {
+  static constexpr int pack = size;
+  static constexpr bool across = path == Path::channels_last;
+  static constexpr int voxels = across ? 1 : size;
+  static constexpr int channels = across ? size : 1;
+};
+
+// Which of the tile a lane takes.
+struct Lane {
+  int group, column;
+};
+
+__device__ __forceinline__ Lane lane_of(int group_bits) {
+  return {lane_index() & ((1 << group_bits) - 1), lane_index() >> group_bits};
+}
+
+// The first channel of pack s of this lane.
+template <typename Tiling>
+__device__ __forceinline__ int channel_of(int group_bits, const Lane& lane, int c0, int s) {
+  return c0 + ((s << group_bits) + lane.group) * Tiling::channels;
+}
+
+// The voxels of a lane's packs, and the deep rows around them.
+template <typename A>
+struct Place {
+  bool exists;
+  int z, y, x;
+  std::int64_t voxel;     // in the sample
+  std::int64_t deep_row;  // offset of the first of four deep rows
+  std::int64_t step_z, step_y;
+  A weights[4];  // (z, y) = (low, low), (low, high), (high, low), (high, high)
+};
+
+template <typename Tiling, typename A>
+__device__ __forceinline__ Place<A> place_of(const Volumes& m, const Lane& lane,
+                                             std::int64_t tile) {
+  Place<A> place;
+  std::int64_t pack = (tile << (5 - m.group_bits)) + lane.column;
+  place.exists = pack < m.packs;
+  pack = least(pack, m.packs - 1);
+  const std::int64_t row = m.row_packs.quotient(pack);
+  place.x = static_cast<int>(pack - row * m.row_packs.divisor) * Tiling::voxels;
+  const auto plane = static_cast<int>(m.rows.quotient(row));
+  place.y = static_cast<int>(row - plane * m.rows.divisor);
+  place.z = m.plane_begin + plane;
+  place.voxel = (std::int64_t(place.z) * m.y.size + place.y) * m.x.size + place.x;
+
+  const auto z = position_of<A>(m.z, place.z);
+  const auto y = position_of<A>(m.y, place.y);
+  const std::int64_t row_stride = m.x.deep * m.voxel_stride;
+  place.deep_row = (std::int64_t(z.low) * m.y.deep + y.low) * row_stride;
+  place.step_y = y.step * row_stride;
+  place.step_z = z.step * row_stride * m.y.deep;
+  place.weights[0] = (1 - z.fraction) * (1 - y.fraction);
+  place.weights[1] = (1 - z.fraction) * y.fraction;
+  place.weights[2] = z.fraction * (1 - y.fraction);
+  place.weights[3] = z.fraction * y.fraction;
+  return place;
+}
+
+// ---- The upsampled tile ------------------------------------------------------------------------
+
+// Where along x the deep values of a pack of voxels lie, and what they weigh.
+template <typename T, Path path, int size, typename A = ComputeType<T>>
+struct Columns;
+
+template <typename T, int size, typename A>
+struct Columns<T, Path::doubled, size, A> {
+  static_assert(size % 2 == 0, "packs begin at a deep column");
+  int first, left, right;
+
+  __device__ __forceinline__ Columns(const Volumes& m, int x) {
+    first = x / 2;
+    left = first > 0 ? -1 : 0;
+    right = first + size / 2 < m.x.deep ? size / 2 : size / 2 - 1;
+  }
+
+  // Adds one deep row, weighted.
+  __device__ __forceinline__ void add(const T* row, A weight, A* columns) const {
+    const auto middle = load_pack<T, size / 2>(row + first);
+    columns[0] += weight * widened(row[first + left]);
+#pragma unroll
+    for (int j = 0; j < size / 2; ++j) columns[j + 1] += weight * widened(middle[j]);
+    columns[size / 2 + 1] += weight * widened(row[first + right]);
+  }
+
+  // `rows` are of one channel. The clamped column at an edge is the edge's own, as it should be.
+  template <typename Rows>
+  __device__ __forceinline__ void interpolate(const Rows& rows, A* up) const {
+    A columns[size / 2 + 2] = {};
+    rows.each([&](const T* row, A weight) { add(row, weight, columns); });
+#pragma unroll
+    for (int j = 0; j < size / 2; ++j) {
+      up[2 * j] = A(0.25) * columns[j] + A(0.75) * columns[j + 1];
+      up[2 * j + 1] = A(0.75) * columns[j + 1] + A(0.25) * columns[j + 2];
+    }
+  }
+};
+
+template <typename T, int size, typename A>
+struct Columns<T, Path::taps, size, A> {
+  int low[size], high[size];
+  A fraction[size];
+
+  __device__ __forceinline__ Columns(const Volumes& m, int x) {
+#pragma unroll
+    for (int e = 0; e < size; ++e) {
+      const auto position = position_of<A>(m.x, x + e);
+      low[e] = position.low * static_cast<int>(m.voxel_stride);
+      high[e] = (position.low + position.step) * static_cast<int>(m.voxel_stride);
+      fraction[e] = position.fraction;
+    }
+  }
+
+  template <typename Rows>
+  __device__ __forceinline__ void interpolate(const Rows& rows, A* up) const {
+#pragma unroll
+    for (int e = 0; e < size; ++e) up[e] = 0;
+    rows.each([&](const T* row, A weight) {
+#pragma unroll
+      for (int e = 0; e < size; ++e) {
+        const A left = widened(row[low[e]]), right = widened(row[high[e]]);
+        up[e] += weight * (left + fraction[e] * (right - left));
+      }
+    });
+  }
+};
+
+template <typename T, int size, typename A>
+struct Columns<T, Path::channels_last, size, A> {
+  int low, high;
+  A fraction;
+
+  __device__ __forceinline__ Columns(const Volumes& m, int x) {
+    const auto position = position_of<A>(m.x, x);
+    low = position.low * m.channels;
+    high = (position.low + position.step) * m.channels;
+    fraction = position.fraction;
+  }
+
+  template <typename Rows>
+  __device__ __forceinline__ void interpolate(const Rows& rows, A* up) const {
+#pragma unroll
+    for (int e = 0; e < size; ++e) up[e] = 0;
+    rows.each([&](const T* row, A weight) {
+      const auto left = load_pack<T, size>(row + low);
+      const auto right = load_pack<T, size>(row + high);
+      const A right_weight = weight * fraction, left_weight = weight - right_weight;
+#pragma unroll
+      for (int e = 0; e < size; ++e) {
+        up[e] += left_weight * widened(left[e]) + right_weight * widened(right[e]);
+      }
+    });
+  }
+};
+
+// The four deep rows around a pack, of one channel or a pack of them.
+template <typename T, typename A = ComputeType<T>>
+struct DeepRows {
+  const T* first;
+  const Place<A>& place;
+  bool planes;  // there is more than one
+
+  template <typename Body>
+  __device__ __forceinline__ void each(Body body) const {
+    body(first, place.weights[0]);
+    body(first + place.step_y, place.weights[1]);
+    if (!planes) return;
+    body(first + place.step_z, place.weights[2]);
+    body(first + place.step_z + place.step_y, place.weights[3]);
+  }
+};
+
+// Gates of the channels of one pack.
+template <typename Tiling, typename A>
+struct Gates {
+  A skip[Tiling::channels], deep[Tiling::channels];
+
+  __device__ __forceinline__ Gates(const Volumes& m, std::int64_t sample, int channel) {
+    const std::int64_t first = sample * m.channels + channel;
+#pragma unroll
+    for (int e = 0; e < Tiling::channels; ++e) {
+      skip[e] = static_cast<const A*>(m.skip_gate)[first + e];
+      deep[e] = static_cast<const A*>(m.deep_gate)[first + e];
+    }
+  }
+};
+
+// 1 / max(norm, eps) from the sum of squares.
+template <typename A>
+__device__ __forceinline__ A inverse_norm(A squares, A eps) {
+  const A norm = sqrt(squares);
+  return 1 / (norm < eps ? eps : norm);
+}
+
+// Sum over the lanes of a warp that have the same channels, in a fixed order.
+template <typename A>
+__device__ __forceinline__ A column_sum(int group_bits, A value) {
+  for (int distance = 1 << group_bits; distance < warp_size; distance *= 2) {
+    value += shuffle_xor(value, distance);
+  }
+  return value;
+}
+
+// ---- The host's side ---------------------------------------------------------------------------
+
+// Sizes, strides and inputs of a call.
+inline Volumes volumes_of(const GcuArguments& arguments) {
+  Volumes m{};
+  const TensorView &skip = arguments.skip, &deep = arguments.deep;
+  m.skip = skip.data;
+  m.deep = deep.data;
+  m.skip_gate = arguments.skip_gate.data;
+  m.deep_gate = arguments.deep_gate.data;
+  m.batch = skip.shape[0];
+  m.channels = static_cast<int>(skip.shape[1]);
+  m.z = axis_of(skip.shape[2], deep.shape[2]);
+  m.y = axis_of(skip.shape[3], deep.shape[3]);
+  m.x = axis_of(skip.shape[4], deep.shape[4]);
+  m.voxels = skip.shape[2] * skip.shape[3] * skip.shape[4];
+  m.deep_voxels = deep.shape[2] * deep.shape[3] * deep.shape[4];
+  // A tensor of one voxel has both layouts.
+  const TensorView& telling = m.voxels > 1 ? skip : deep;
+  const bool last = m.channels > 1 && telling.strides[1] == 1;
+  m.channel_stride = last ? 1 : m.voxels;
+  m.deep_channel_stride = last ? 1 : m.deep_voxels;
+  m.voxel_stride = last ? m.channels : 1;
+  m.similarity = arguments.similarity;
+  m.eps = arguments.eps;
+  m.plane_end = m.z.size;
+  return m;
+}
+
+inline bool is_channels_last(const Volumes& m) { return m.voxel_stride != 1; }
+
+// Whether vectors of 16 bytes fit where tensors begin.
+inline bool is_aligned(const Volumes& m) {
+  for (const void* data :
+       {m.skip, m.deep, m.grad, m.grad_dissimilarity, (const void*)m.compensated,
+        (const void*)m.dissimilarity, (const void*)m.grad_skip, (const void*)m.grad_deep}) {
+    if (reinterpret_cast<std::uintptr_t>(data) % 16 != 0) return false;
+  }
+  return true;
+}
+
+template <Path path_, int size_>
+struct Choice {
+  static constexpr Path path = path_;
+  static constexpr int size = size_;
+};
+
+// Calls body(Choice) with the fastest tiling for these tensors. The taps of a pack take registers,
+// so these packs are of 8 bytes.
+template <typename T, typename Body>
+void for_tiling(const Volumes& m, Body body) {
+  constexpr int whole = full_pack<T>;
+  const bool aligned = is_aligned(m);
+  if (is_channels_last(m)) {
+    if (aligned && m.channels % whole == 0) return body(Choice<Path::channels_last, whole>());
+  } else if (aligned) {
+    const bool doubled = m.x.size == 2 * m.x.deep;
+    if (doubled && m.x.size % whole == 0) return body(Choice<Path::doubled, whole>());
+    if (m.x.size % (whole / 2) == 0) return body(Choice<Path::taps, whole / 2>());
+  }
+  return body(Choice<Path::taps, 1>());
+}
+
+// Cuts a sample's packs into tiles for lanes with `packs` packs each. As many groups as channels
+// need, while neighbouring lanes read at least a sector of 32 bytes of a channel.
+template <typename T, typename Tiling>
+void set_groups(Volumes& m, int packs) {
+  const int most = Tiling::across ? warp_size : Tiling::voxels * static_cast<int>(sizeof(T));
+  int groups = 1;
+  m.group_bits = 0;
+  while (groups * packs * Tiling::channels < m.channels && groups < most) {
+    groups *= 2;
+    ++m.group_bits;
+  }
+  m.span = groups * packs * Tiling::channels;
+}
+
+template <typename Tiling>
+void set_planes(Volumes& m, int begin, int end) {
+  m.plane_begin = begin;
+  m.plane_end = end;
+  const std::int64_t row_packs = m.x.size / Tiling::voxels;
+  m.packs = std::int64_t(end - begin) * m.y.size * row_packs;
+  m.row_packs = divider_of(row_packs, m.packs);
+  m.rows = divider_of(m.y.size, m.packs);
+  m.tiles = blocks_for(m.packs, warp_size >> m.group_bits);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace grcsf
