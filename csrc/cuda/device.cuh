@@ -149,6 +149,43 @@ __device__ __forceinline__ void store_once(T* to, const Pack<T, N>& pack) {
 #endif
 }
 
+// A pack that stays as it was loaded while it waits in registers: half dtypes take two values to a
+// register, where the values of a Pack may be spread over one each.
+template <typename T, int N>
+class Waiting {
+ public:
+  __device__ __forceinline__ static Waiting load(const T* from) {
+    return Waiting(load_pack<T, N>(from));
+  }
+  __device__ __forceinline__ static Waiting load_once(const T* from) {
+    return Waiting(cuda::load_once<T, N>(from));
+  }
+  Waiting() = default;
+
+  // Value i, widened.
+  __device__ __forceinline__ ComputeType<T> get(int i) const {
+#ifndef GRCSF_EMULATED
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+      const unsigned word = words_[i / 2];
+      if constexpr (std::is_same_v<T, bfloat16>) {
+        return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+      } else {
+        const unsigned half = i % 2 == 0 ? word & 0xffffu : word >> 16;
+        return widened(float16{static_cast<unsigned short>(half)});
+      }
+    }
+#endif
+    return widened(reinterpret_cast<const T*>(words_)[i]);
+  }
+
+ private:
+  using Word = std::conditional_t<sizeof(T) * N % 4 == 0, unsigned, unsigned short>;
+  __device__ __forceinline__ explicit Waiting(const Pack<T, N>& pack) {
+    memcpy(words_, &pack, sizeof pack);
+  }
+  alignas(sizeof(T) * N) Word words_[sizeof(T) * N / sizeof(Word)];
+};
+
 // ---- Arithmetic --------------------------------------------------------------------------------
 
 template <typename A>

@@ -17,6 +17,7 @@ namespace cuda {
 namespace {
 
 // Packs of a lane. As many as keep enough bytes under way in 128 registers.
+// The taps of a pack take registers too: these packs are of 8 bytes.
 template <Path path>
 constexpr int forward_packs = path == Path::channels_last ? 2 : 8;
 
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
   using Tile = Tiling<T, path, size>;
   constexpr int packs = forward_packs<path>;
   const std::int64_t warp = std::int64_t(blockIdx.x) * (tile_threads / warp_size) + warp_index();
-  const std::int64_t sample = warp / m.tiles;
+  const std::int64_t sample = m.samples.quotient(warp);
   if (sample >= m.batch) return;
   const Lane lane = lane_of(m.group_bits);
   const auto place = place_of<Tile, A>(m, lane, warp - sample * m.tiles);
@@ -38,8 +39,8 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
   T* compensated = static_cast<T*>(m.compensated) + own;
 
   A products[Tile::voxels] = {}, skip_squares[Tile::voxels] = {}, up_squares[Tile::voxels] = {};
-  A factor[Tile::voxels];
-  Pack<T, size> held[packs];
+  A factor[Tile::voxels] = {};
+  Waiting<T, size> held[packs];
   const bool once = m.channels <= m.span;
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
 #pragma unroll
         for (int s = 0; s < packs; ++s) {
           const int c = channel_of<Tile>(m.group_bits, lane, c0, s);
-          if (c < m.channels) held[s] = load_pack<T, size>(skip + c * m.channel_stride);
+          if (c < m.channels) held[s] = Waiting<T, size>::load_once(skip + c * m.channel_stride);
         }
       }
 #pragma unroll
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
 #pragma unroll
           for (int e = 0; e < size; ++e) {
             const int voxel = Tile::across ? 0 : e, channel = Tile::across ? e : 0;
-            const A f = widened(held[s][e]) * gates.skip[channel];
+            const A f = held[s].get(e) * gates.skip[channel];
             const A u = up[e] * gates.deep[channel];
             products[voxel] += f * u;
             skip_squares[voxel] += f * f;
@@ -74,26 +75,30 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
           Pack<T, size> result;
 #pragma unroll
           for (int e = 0; e < size; ++e) {
-            result[e] = narrowed<T>(widened(held[s][e]) * factor[Tile::across ? 0 : e]);
+            result[e] = narrowed<T>(held[s].get(e) * factor[Tile::across ? 0 : e]);
           }
           store_once(compensated + c * m.channel_stride, result);
         }
       }
     }
     if (pass == 1) break;
-    Pack<T, Tile::voxels> difference;
+    const Scatter<Tile::voxels> scatter{1 << m.group_bits};
+    scatter.sum(products);
+    scatter.sum(skip_squares);
+    scatter.sum(up_squares);
+    T* dissimilarity = static_cast<T*>(m.dissimilarity) + sample * m.voxels + place.voxel;
 #pragma unroll
-    for (int v = 0; v < Tile::voxels; ++v) {
+    for (int i = 0; i < Tile::voxels; ++i) {
+      if (i >= scatter.count()) continue;
       // Multiplied one after the other: the product of two inverse eps could overflow.
-      const A cosine = warp_sum(products[v], 1 << m.group_bits) *
-                       inverse_norm(warp_sum(skip_squares[v], 1 << m.group_bits), A(m.eps)) *
-                       inverse_norm(warp_sum(up_squares[v], 1 << m.group_bits), A(m.eps));
-      difference[v] = narrowed<T>(1 - cosine);
-      factor[v] = m.similarity ? 1 + cosine : 2 - cosine;
+      const A cosine = products[i] * inverse_norm(skip_squares[i], A(m.eps)) *
+                       inverse_norm(up_squares[i], A(m.eps));
+      factor[i] = m.similarity ? 1 + cosine : 2 - cosine;
+      if (place.exists && scatter.writes()) {
+        dissimilarity[scatter.first() + i] = narrowed<T>(1 - cosine);
+      }
     }
-    if (lane.group == 0 && place.exists) {
-      store_once(static_cast<T*>(m.dissimilarity) + sample * m.voxels + place.voxel, difference);
-    }
+    scatter.share(factor);
   }
 }
 
@@ -102,12 +107,13 @@ void forward(const GcuArguments& arguments) {
   Volumes m = volumes_of(arguments);
   m.compensated = arguments.compensated.data;
   m.dissimilarity = arguments.dissimilarity.data;
-  for_tiling<T>(m, [&](auto choice) {
+  for_tiling<T, full_pack<T>, full_pack<T> / 2>(m, [&](auto choice) {
     constexpr Path path = decltype(choice)::path;
     constexpr int size = decltype(choice)::size;
     using Tile = Tiling<T, path, size>;
     set_groups<T, Tile>(m, forward_packs<path>);
     set_planes<Tile>(m, 0, m.z.size);
+    m.samples = divider_of(m.tiles, m.tiles * (m.batch + tile_threads));
     const Queue queue("gcu", arguments.skip, arguments.cuda.stream);
     queue.launch("gcu_forward", gcu_forward_kernel<T, path, size>,
                  blocks_for(m.batch * m.tiles, tile_threads / warp_size), tile_threads, 0, m);

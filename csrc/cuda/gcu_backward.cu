@@ -38,59 +38,14 @@ constexpr std::int64_t cached_bytes = 16 << 20;  // of skip in a slab
 #endif
 constexpr double scratch_share = 0.04;  // of the gradients' bytes
 
-template <Path path>
-constexpr int backward_packs = path == Path::channels_last ? 1 : 4;
-
-// `values` to consecutive places.
-template <typename A, int count>
-__device__ __forceinline__ void store_run(A* to, const A (&values)[count]) {
-  constexpr int size = count < full_pack<A> ? count : full_pack<A>;
-#pragma unroll
-  for (int i = 0; i < count; i += size) {
-    Pack<A, size> pack;
-#pragma unroll
-    for (int k = 0; k < size; ++k) pack[k] = values[i + k];
-    store_pack(to + i, pack);
-  }
-}
-
-// What the second pass over channels needs of the voxels of a pack.
-template <typename A, int voxels>
-struct Factors {
-  A strength[voxels], cross[voxels], radial[voxels];
-
-  // From the sums over channels; writes alpha and beta where there is a place for them.
-  template <typename T, typename Sums>
-  __device__ __forceinline__ void set(const Volumes& m, const Lane& lane, const Place<A>& place,
-                                      std::int64_t sample, const Sums& sums) {
-    const auto grads = load_pack<T, voxels>(static_cast<const T*>(m.grad_dissimilarity) +
-                                            sample * m.voxels + place.voxel);
-    const int lanes = 1 << m.group_bits;
-    const auto eps = static_cast<A>(m.eps);
-    A beta[voxels];
-#pragma unroll
-    for (int v = 0; v < voxels; ++v) {
-      const A skip_squares = warp_sum(sums.skip_squares[v], lanes);
-      const A up_squares = warp_sum(sums.up_squares[v], lanes);
-      const A skip_inverse = inverse_norm(skip_squares, eps);
-      const A up_inverse = inverse_norm(up_squares, eps);
-      const A cosine = warp_sum(sums.products[v], lanes) * skip_inverse * up_inverse;
-      const A strengthened = warp_sum(sums.strengthened[v], lanes);
-      const A reaching = (m.similarity ? strengthened : -strengthened) - widened(grads[v]);
-      strength[v] = m.similarity ? 1 + cosine : 2 - cosine;
-      cross[v] = reaching * skip_inverse * up_inverse;
-      // Where a norm is at its floor, nothing goes through it.
-      const A along = reaching * cosine;
-      radial[v] = sqrt(skip_squares) > eps ? along * skip_inverse * skip_inverse : A(0);
-      beta[v] = sqrt(up_squares) > eps ? along * up_inverse * up_inverse : A(0);
-    }
-    if (m.cross == nullptr || lane.group != 0 || !place.exists) return;
-    const std::int64_t plane = sample * m.ring + place.z % m.ring;
-    const std::int64_t at = (plane * m.y.size + place.y) * m.x.size + place.x;
-    store_run(static_cast<A*>(m.cross) + at, cross);
-    store_run(static_cast<A*>(m.radial) + at, beta);
-  }
-};
+// Packs of a lane, and their sizes: as many as fit 128 registers beside the sums, with the gradient
+// and the upsampled tile.
+template <typename T, Path path>
+constexpr int backward_packs = path == Path::channels_last ? 1 : (sizeof(T) == 8 ? 2 : 4);
+template <typename T>
+constexpr int doubled_size = sizeof(T) == 2 ? 4 : 2;
+template <typename T>
+constexpr int taps_size = sizeof(T) == 2 ? 2 : 1;
 
 template <typename A, int voxels>
 struct Sums {
@@ -98,92 +53,181 @@ struct Sums {
   A strengthened[voxels];  // <gradient, skip>
 };
 
+// What the second pass over channels needs of the voxels of a pack.
+template <typename A, int voxels>
+struct Factors {
+  A strength[voxels], cross[voxels], radial[voxels];
+
+  // From the sums over channels; writes alpha and beta where there is a place for them.
+  template <typename T>
+  __device__ __forceinline__ void set(const Volumes& m, const Place<A>& place, int sample,
+                                      Sums<A, voxels>& sums) {
+    const Scatter<voxels> scatter{1 << m.group_bits};
+    scatter.sum(sums.products);
+    scatter.sum(sums.skip_squares);
+    scatter.sum(sums.up_squares);
+    scatter.sum(sums.strengthened);
+    const int first = scatter.first();
+    const T* grads = static_cast<const T*>(m.grad_dissimilarity) + std::int64_t(sample) * m.voxels +
+                     place.voxel + first;
+    const std::int64_t plane = std::int64_t(sample) * m.ring + place.z % m.ring - place.z;
+    const std::int64_t at = plane * (std::int64_t(m.y.size) * m.x.size) + place.voxel + first;
+    const bool stores = m.cross != nullptr && scatter.writes();
+    const auto eps = static_cast<A>(m.eps);
+#pragma unroll
+    for (int i = 0; i < voxels; ++i) {
+      strength[i] = cross[i] = radial[i] = 0;  // adds nothing to the gate where no voxel is
+      if (i >= scatter.count() || !place.exists) continue;
+      const A skip_inverse = inverse_norm(sums.skip_squares[i], eps);
+      const A up_inverse = inverse_norm(sums.up_squares[i], eps);
+      const A cosine = sums.products[i] * skip_inverse * up_inverse;
+      const A strengthened = m.similarity ? sums.strengthened[i] : -sums.strengthened[i];
+      const A reaching = strengthened - widened(grads[i]);
+      const A along = reaching * cosine;
+      strength[i] = m.similarity ? 1 + cosine : 2 - cosine;
+      cross[i] = reaching * skip_inverse * up_inverse;
+      // Where a norm is at its floor, nothing goes through it.
+      if (sqrt(sums.skip_squares[i]) > eps) radial[i] = along * skip_inverse * skip_inverse;
+      if (!stores) continue;
+      static_cast<A*>(m.cross)[at + i] = cross[i];
+      static_cast<A*>(m.radial)[at + i] =
+          sqrt(sums.up_squares[i]) > eps ? along * up_inverse * up_inverse : A(0);
+    }
+    scatter.share(strength);
+    scatter.share(cross);
+    scatter.share(radial);
+  }
+};
+
+// What a lane holds of a tile and a chunk of channels.
+template <typename T, Path path, int size>
+struct Held {
+  using A = ComputeType<T>;
+  using Tile = Tiling<T, path, size>;
+  static constexpr int packs = backward_packs<T, path>;
+
+  const Volumes& m;
+  const Lane lane;
+  const int sample;
+  Waiting<T, size> skip[packs], grad[packs];
+  A up[packs][size];              // without its gate
+  A gate[packs][Tile::channels];  // sums of (gradient of f) * skip
+
+  // Calls body(s, c) for the packs that exist; c is the first channel of pack s.
+  template <typename Body>
+  __device__ __forceinline__ void each(int c0, Body body) const {
+#pragma unroll
+    for (int s = 0; s < packs; ++s) {
+      const int c = channel_of<Tile>(m.group_bits, lane, c0, s);
+      if (c < m.channels) body(s, c);
+    }
+  }
+
+  __device__ __forceinline__ std::int64_t offset(const Place<A>& place) const {
+    return std::int64_t(sample) * m.channels * m.voxels + place.voxel * m.voxel_stride;
+  }
+
+  __device__ __forceinline__ void load(const Place<A>& place, int c0) {
+    const std::int64_t own = offset(place);
+    each(c0, [&](int s, int c) {
+      const std::int64_t at = own + c * m.channel_stride;
+      skip[s] = Waiting<T, size>::load(static_cast<const T*>(m.skip) + at);
+      grad[s] = Waiting<T, size>::load_once(static_cast<const T*>(m.grad) + at);
+    });
+    const T* deep =
+        static_cast<const T*>(m.deep) + sample * m.channels * m.deep_voxels + place.deep_row;
+    const Columns<T, path, size> columns(m, place.x);
+    each(c0, [&](int s, int c) {
+      columns.interpolate(DeepRows<T>{deep + c * m.deep_channel_stride, place, m.z.deep > 1},
+                          up[s]);
+    });
+  }
+
+  __device__ __forceinline__ void add(int c0, Sums<A, Tile::voxels>& sums) const {
+    each(c0, [&](int s, int c) {
+      const Gates<Tile, A> gates(m, sample, c);
+#pragma unroll
+      for (int e = 0; e < size; ++e) {
+        const int v = Tile::across ? 0 : e, channel = Tile::across ? e : 0;
+        const A value = skip[s].get(e);
+        const A f = value * gates.skip[channel], u = up[s][e] * gates.deep[channel];
+        sums.products[v] += f * u;
+        sums.skip_squares[v] += f * f;
+        sums.up_squares[v] += u * u;
+        sums.strengthened[v] += value * grad[s].get(e);
+      }
+    });
+  }
+
+  // Writes the gradient of skip, and adds to the gate's.
+  __device__ __forceinline__ void differentiate(const Factors<A, Tile::voxels>& factors,
+                                                const Place<A>& place, int c0) {
+    const std::int64_t own = offset(place);
+    each(c0, [&](int s, int c) {
+      const Gates<Tile, A> gates(m, sample, c);
+      Pack<T, size> result;
+#pragma unroll
+      for (int e = 0; e < size; ++e) {
+        const int v = Tile::across ? 0 : e, channel = Tile::across ? e : 0;
+        const A value = skip[s].get(e);
+        const A f = value * gates.skip[channel], u = up[s][e] * gates.deep[channel];
+        const A grad_f = factors.cross[v] * u - factors.radial[v] * f;
+        result[e] =
+            narrowed<T>(grad[s].get(e) * factors.strength[v] + grad_f * gates.skip[channel]);
+        gate[s][channel] += grad_f * value;
+      }
+      if (!place.exists || m.grad_skip == nullptr) return;
+      store_once(static_cast<T*>(m.grad_skip) + own + c * m.channel_stride, result);
+    });
+  }
+
+  // Puts the gate's sums, or adds them, to this warp's place.
+  __device__ __forceinline__ void put(int c0, int slot, bool adds) {
+#pragma unroll
+    for (int s = 0; s < packs; ++s) {
+#pragma unroll
+      for (int e = 0; e < Tile::channels; ++e) {
+        const A sum = column_sum(m.group_bits, gate[s][e]);
+        gate[s][e] = 0;
+        const int c = channel_of<Tile>(m.group_bits, lane, c0, s) + e;
+        if (lane.column != 0 || c >= m.channels) continue;
+        A* to = static_cast<A*>(m.sums) + (sample * m.channels + c) * m.warps + slot;
+        *to = adds ? *to + sum : sum;
+      }
+    }
+  }
+};
+
 template <typename T, Path path, int size>
 __global__ void __launch_bounds__(tile_threads, 4) gcu_backward_voxels_kernel(const Volumes m) {
   using A = ComputeType<T>;
   using Tile = Tiling<T, path, size>;
-  constexpr int packs = backward_packs<path>;
-  const std::int64_t warp = std::int64_t(blockIdx.x) * (tile_threads / warp_size) + warp_index();
-  const std::int64_t sample = warp / m.warps, slot = warp - sample * m.warps;
+  const int warp = static_cast<int>(blockIdx.x) * (tile_threads / warp_size) + warp_index();
+  const auto sample = static_cast<int>(m.samples.quotient(warp));
+  const int slot = warp - sample * static_cast<int>(m.warps);
   if (sample >= m.batch) return;
-  const Lane lane = lane_of(m.group_bits);
+  Held<T, path, size> held{m, lane_of(m.group_bits), sample, {}, {}, {}, {}};
   const bool once = m.channels <= m.span;
   const bool writes = m.grad_skip != nullptr || m.sums != nullptr;
-  A gate[packs][Tile::channels] = {};
 #pragma unroll 1
-  for (std::int64_t tile = slot; tile < m.tiles; tile += m.warps) {
-    const auto place = place_of<Tile, A>(m, lane, tile);
-    const std::int64_t own = sample * m.channels * m.voxels + place.voxel * m.voxel_stride;
-    const T* deep =
-        static_cast<const T*>(m.deep) + sample * m.channels * m.deep_voxels + place.deep_row;
+  for (int tile = slot; tile < m.tiles; tile += static_cast<int>(m.warps)) {
+    const auto place = place_of<Tile, A>(m, held.lane, tile);
     Sums<A, Tile::voxels> sums{};
     Factors<A, Tile::voxels> factors;
-    Pack<T, size> skip[packs], grad[packs];
-    A up[packs][size];
 #pragma unroll 1
     for (int pass = 0; pass < (writes ? 2 : 1); ++pass) {
 #pragma unroll 1
       for (int c0 = 0; c0 < m.channels; c0 += m.span) {
-        if (pass == 0 || !once) {
-#pragma unroll
-          for (int s = 0; s < packs; ++s) {
-            const int c = channel_of<Tile>(m.group_bits, lane, c0, s);
-            if (c >= m.channels) continue;
-            const std::int64_t at = own + c * m.channel_stride;
-            skip[s] = load_pack<T, size>(static_cast<const T*>(m.skip) + at);
-            grad[s] = load_pack<T, size>(static_cast<const T*>(m.grad) + at);
-          }
-          const Columns<T, path, size> columns(m, place.x);
-#pragma unroll
-          for (int s = 0; s < packs; ++s) {
-            const int c = channel_of<Tile>(m.group_bits, lane, c0, s);
-            if (c >= m.channels) continue;
-            columns.interpolate(DeepRows<T>{deep + c * m.deep_channel_stride, place, m.z.deep > 1},
-                                up[s]);
-          }
+        if (pass == 0 || !once) held.load(place, c0);
+        if (pass == 0) {
+          held.add(c0, sums);
+          continue;
         }
-#pragma unroll
-        for (int s = 0; s < packs; ++s) {
-          const int c = channel_of<Tile>(m.group_bits, lane, c0, s);
-          if (c >= m.channels) continue;
-          const Gates<Tile, A> gates(m, sample, c);
-          Pack<T, size> result;
-#pragma unroll
-          for (int e = 0; e < size; ++e) {
-            const int v = Tile::across ? 0 : e, channel = Tile::across ? e : 0;
-            const A value = widened(skip[s][e]), g = widened(grad[s][e]);
-            const A f = value * gates.skip[channel], u = up[s][e] * gates.deep[channel];
-            if (pass == 0) {
-              sums.products[v] += f * u;
-              sums.skip_squares[v] += f * f;
-              sums.up_squares[v] += u * u;
-              sums.strengthened[v] += value * g;
-            } else {
-              const A grad_f = factors.cross[v] * u - factors.radial[v] * f;
-              result[e] = narrowed<T>(g * factors.strength[v] + grad_f * gates.skip[channel]);
-              if (place.exists) gate[s][channel] += grad_f * value;
-            }
-          }
-          if (pass == 1 && place.exists && m.grad_skip != nullptr) {
-            store_once(static_cast<T*>(m.grad_skip) + own + c * m.channel_stride, result);
-          }
-        }
-        if (pass == 0 || m.sums == nullptr || (once && tile + m.warps < m.tiles)) continue;
-        const bool adds = m.adds || (!once && tile != slot);
-#pragma unroll
-        for (int s = 0; s < packs; ++s) {
-#pragma unroll
-          for (int e = 0; e < Tile::channels; ++e) {
-            const A sum = column_sum(m.group_bits, gate[s][e]);
-            gate[s][e] = 0;
-            const int c = channel_of<Tile>(m.group_bits, lane, c0, s) + e;
-            if (lane.column != 0 || c >= m.channels) continue;
-            A* to = static_cast<A*>(m.sums) + (sample * m.channels + c) * m.warps + slot;
-            *to = adds ? *to + sum : sum;
-          }
-        }
+        held.differentiate(factors, place, c0);
+        const bool last = !once || tile + m.warps >= m.tiles;
+        if (m.sums != nullptr && last) held.put(c0, slot, m.adds || (!once && tile != slot));
       }
-      if (pass == 0) factors.template set<T>(m, lane, place, sample, sums);
+      if (pass == 0) factors.template set<T>(m, place, sample, sums);
     }
   }
 }
@@ -245,7 +289,7 @@ class Backward {
 
   void run() {
     if (m_.batch == 0) return;
-    for_tiling<T>(m_, [&](auto choice) { run_tiling(choice); });
+    for_tiling<T, doubled_size<T>, taps_size<T>>(m_, [&](auto choice) { run_tiling(choice); });
   }
 
  private:
@@ -253,9 +297,8 @@ class Backward {
   void run_tiling(Choice) {
     constexpr Path path = Choice::path;
     using Tile = Tiling<T, path, Choice::size>;
-    set_groups<T, Tile>(m_, backward_packs<path>);
-    constexpr bool last = path == Path::channels_last;
-    using Deep = Gather<T, last ? path : Path::taps, last ? Choice::size : 1>;
+    set_groups<T, Tile>(m_, backward_packs<T, path>);
+    using Deep = Gather<T, path, gathered_size<T, path>>;
     Deep::set_groups(m_, g_);
     const std::vector<Slab> slabs = cut();
     take_scratch<Tile, Deep>(slabs);
@@ -312,6 +355,7 @@ class Backward {
     const std::int64_t enough = std::max<std::int64_t>(
         1, std::int64_t(queue_.multiprocessors()) * warps_of_a_multiprocessor / m_.batch);
     m_.warps = blocks_for(m_.tiles, blocks_for(m_.tiles, enough));
+    m_.samples = divider_of(m_.warps, m_.warps * (m_.batch + tile_threads));
     const std::int64_t rows = m_.batch * m_.channels;
     if (arguments_.grad_skip_gate.data != nullptr) {
       m_.sums = arguments_.cuda.take<A>(rows * m_.warps);
@@ -338,7 +382,8 @@ class Backward {
     g_.count = (m_.deep_voxels / m_.z.deep) * (slab.deep_end - slab.deep_begin);
     g_.columns = divider_of(m_.x.deep, g_.count);
     g_.rows = divider_of(m_.y.deep, g_.count);
-    g_.blocks = blocks_for(g_.count, Deep::voxels_of_block(g_.group_bits));
+    g_.samples = divider_of(g_.count, g_.count * (m_.batch + coefficient_threads));
+    g_.blocks = static_cast<int>(blocks_for(g_.count, Deep::voxels_of_block(g_.group_bits)));
     queue_.launch("gcu_coefficients", gcu_coefficients_kernel<A>,
                   blocks_for(m_.batch * g_.count, coefficient_threads), coefficient_threads, 0, m_,
                   g_);

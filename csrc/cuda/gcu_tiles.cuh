@@ -31,15 +31,21 @@ enum class Path { doubled, taps, channels_last };
 
 // ---- Positions ---------------------------------------------------------------------------------
 
-// Division by a number that does not change in a launch: a product, where dividends fit 31 bits.
+// Division by a number that does not change in a launch: a product, where dividends fit 31 bits,
+// and else an estimate that is off by one at most, for dividends below 2^52.
 struct Divider {
   std::int64_t divisor = 1;
+  double inverse = 1;
   std::uint32_t magic = 0;
   int shift = 0;
   bool wide = false;
 
   __host__ __device__ __forceinline__ std::int64_t quotient(std::int64_t dividend) const {
-    if (wide) return dividend / divisor;
+    if (wide) {
+      const auto guess = static_cast<std::int64_t>(static_cast<double>(dividend) * inverse);
+      const std::int64_t rest = dividend - guess * divisor;
+      return guess + (rest < 0 ? -1 : (rest >= divisor ? 1 : 0));
+    }
     const auto narrow = static_cast<std::uint32_t>(dividend);
     const auto high = static_cast<std::uint32_t>(static_cast<std::uint64_t>(magic) * narrow >> 32);
     return (high + narrow) >> shift;
@@ -50,6 +56,7 @@ struct Divider {
 inline Divider divider_of(std::int64_t divisor, std::int64_t largest) {
   Divider result;
   result.divisor = divisor;
+  result.inverse = 1 / static_cast<double>(divisor);
   result.wide = largest >= std::int64_t(1) << 31 || divisor >= std::int64_t(1) << 31;
   if (result.wide) return result;
   while ((std::int64_t(1) << result.shift) < divisor) ++result.shift;
@@ -70,15 +77,6 @@ struct Axis {
   __host__ __device__ __forceinline__ std::int64_t numerator(int i) const {
     const std::int64_t n = (2 * std::int64_t(i) + 1) * ratio_deep - ratio_size;
     return n < 0 ? 0 : n;
-  }
-
-  // How far the position of voxel i is past deep voxel j. The weight of j there is 1 - |distance|,
-  // or 0.
-  template <typename A>
-  __device__ __forceinline__ A distance(int i, int j) const {
-    const std::int64_t last = 2 * ratio_size * (deep - 1);
-    const std::int64_t n = least(numerator(i), last);
-    return static_cast<A>(n - 2 * ratio_size * j) * static_cast<A>(inverse);
   }
 
   // The first voxel that takes from deep voxels >= j, and one past the last that takes from those
@@ -115,6 +113,15 @@ inline Axis axis_of(std::int64_t size, std::int64_t deep) {
   return axis;
 }
 
+// How far the position of voxel i is past deep voxel j. The weight of j there is 1 - |distance|, or
+// 0.
+template <typename A>
+__device__ __forceinline__ A distance_of(const Axis& axis, int i, int j) {
+  const std::int64_t last = 2 * axis.ratio_size * (axis.deep - 1);
+  const std::int64_t n = least(axis.numerator(i), last);
+  return static_cast<A>(n - 2 * axis.ratio_size * j) * static_cast<A>(axis.inverse);
+}
+
 // The lower deep voxel, how far the higher one is (0 at the end of the axis), and the weight of
 // that one.
 template <typename A>
@@ -149,8 +156,8 @@ struct Volumes {
 
   // Tiles: packs of planes [plane_begin, plane_end).
   int plane_begin, plane_end;
-  int group_bits, span;  // log2 of G; channels of a chunk
-  Divider row_packs, rows;
+  int group_bits, span;              // log2 of G; channels of a chunk
+  Divider row_packs, rows, samples;  // samples: by warps
   std::int64_t packs, tiles, warps;  // of a sample
 
   // Backward.
@@ -193,7 +200,7 @@ struct Place {
   std::int64_t voxel;     // in the sample
   std::int64_t deep_row;  // offset of the first of four deep rows
   std::int64_t step_z, step_y;
-  A weights[4];  // (z, y) = (low, low), (low, high), (high, low), (high, high)
+  A fraction_z, fraction_y;
 };
 
 template <typename Tiling, typename A>
@@ -216,12 +223,68 @@ __device__ __forceinline__ Place<A> place_of(const Volumes& m, const Lane& lane,
   place.deep_row = (std::int64_t(z.low) * m.y.deep + y.low) * row_stride;
   place.step_y = y.step * row_stride;
   place.step_z = z.step * row_stride * m.y.deep;
-  place.weights[0] = (1 - z.fraction) * (1 - y.fraction);
-  place.weights[1] = (1 - z.fraction) * y.fraction;
-  place.weights[2] = z.fraction * (1 - y.fraction);
-  place.weights[3] = z.fraction * y.fraction;
+  place.fraction_z = z.fraction;
+  place.fraction_y = y.fraction;
   return place;
 }
+
+// Sums of voxels over the groups: each lane finishes as many of its pack's voxels as it can, for
+// the others have the rest, and the results go to all of them.
+template <int voxels>
+struct Scatter {
+  int lanes;  // groups
+
+  // What this lane finishes: `count` voxels from `first` on, as others may too; `writes` if it is
+  // the one to write them.
+  __device__ __forceinline__ int count() const { return greatest(voxels / lanes, 1); }
+  __device__ __forceinline__ bool writes() const { return (lane_index() & (lanes - 1)) < voxels; }
+  __device__ __forceinline__ int first() const {
+    int result = 0;
+#pragma unroll
+    for (int half = voxels / 2; half > 0; half /= 2) {
+      const int distance = voxels / 2 / half;
+      if (distance < lanes && (lane_index() & distance) != 0) result += half;
+    }
+    return result;
+  }
+
+  // Leaves the sums of this lane's voxels in front.
+  template <typename A>
+  __device__ __forceinline__ void sum(A (&values)[voxels]) const {
+#pragma unroll
+    for (int half = voxels / 2; half > 0; half /= 2) {
+      const int distance = voxels / 2 / half;
+      if (distance >= lanes) continue;
+      const bool upper = (lane_index() & distance) != 0;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const A kept = upper ? values[i + half] : values[i];
+        const A given = upper ? values[i] : values[i + half];
+        values[i] = kept + shuffle_xor(given, distance);
+      }
+    }
+    for (int distance = voxels; distance < lanes; distance *= 2) {
+      values[0] += shuffle_xor(values[0], distance);
+    }
+  }
+
+  // Gives what each lane has in front to all.
+  template <typename A>
+  __device__ __forceinline__ void share(A (&values)[voxels]) const {
+#pragma unroll
+    for (int half = 1; half < voxels; half *= 2) {
+      const int distance = voxels / 2 / half;
+      if (distance >= lanes) continue;
+      const bool upper = (lane_index() & distance) != 0;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const A own = values[i], other = shuffle_xor(own, distance);
+        values[i] = upper ? other : own;
+        values[i + half] = upper ? own : other;
+      }
+    }
+  }
+};
 
 // ---- The upsampled tile ------------------------------------------------------------------------
 
@@ -328,11 +391,12 @@ struct DeepRows {
 
   template <typename Body>
   __device__ __forceinline__ void each(Body body) const {
-    body(first, place.weights[0]);
-    body(first + place.step_y, place.weights[1]);
+    const A high = planes ? place.fraction_z : A(0), low = 1 - high;
+    body(first, low * (1 - place.fraction_y));
+    body(first + place.step_y, low * place.fraction_y);
     if (!planes) return;
-    body(first + place.step_z, place.weights[2]);
-    body(first + place.step_z + place.step_y, place.weights[3]);
+    body(first + place.step_z, high * (1 - place.fraction_y));
+    body(first + place.step_z + place.step_y, high * place.fraction_y);
   }
 };
 
@@ -414,9 +478,8 @@ struct Choice {
   static constexpr int size = size_;
 };
 
-// Calls body(Choice) with the fastest tiling for these tensors. The taps of a pack take registers,
-// so these packs are of 8 bytes.
-template <typename T, typename Body>
+// Calls body(Choice) with the fastest tiling for these tensors, and with these sizes of packs.
+template <typename T, int doubled_size, int taps_size, typename Body>
 void for_tiling(const Volumes& m, Body body) {
   constexpr int whole = full_pack<T>;
   const bool aligned = is_aligned(m);
@@ -424,17 +487,19 @@ void for_tiling(const Volumes& m, Body body) {
     if (aligned && m.channels % whole == 0) return body(Choice<Path::channels_last, whole>());
   } else if (aligned) {
     const bool doubled = m.x.size == 2 * m.x.deep;
-    if (doubled && m.x.size % whole == 0) return body(Choice<Path::doubled, whole>());
-    if (m.x.size % (whole / 2) == 0) return body(Choice<Path::taps, whole / 2>());
+    if (doubled && m.x.size % whole == 0) {
+      return body(Choice<Path::doubled, doubled_size>());
+    }
+    if (m.x.size % taps_size == 0) return body(Choice<Path::taps, taps_size>());
   }
   return body(Choice<Path::taps, 1>());
 }
 
 // Cuts a sample's packs into tiles for lanes with `packs` packs each. As many groups as channels
-// need, while neighbouring lanes read at least a sector of 32 bytes of a channel.
+// need, while a warp reads at least 16 neighbouring bytes of a channel.
 template <typename T, typename Tiling>
 void set_groups(Volumes& m, int packs) {
-  const int most = Tiling::across ? warp_size : Tiling::voxels * static_cast<int>(sizeof(T));
+  const int most = Tiling::across ? warp_size : 2 * Tiling::voxels * static_cast<int>(sizeof(T));
   int groups = 1;
   m.group_bits = 0;
   while (groups * packs * Tiling::channels < m.channels && groups < most) {

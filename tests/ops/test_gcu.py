@@ -150,6 +150,24 @@ def test_half_dtypes_in_blocks_of_rows(backend, device, dtype, layout):
 
 
 @on_every_backend
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("spaces", "channels"),
+    [
+        pytest.param(((6, 5, 32), (3, 4, 16)), 16, id="doubled"),
+        pytest.param(((4, 16), (2, 8)), 272, id="doubled_of_many_channels"),
+        pytest.param(((7, 3, 16), (2, 7, 5)), 24, id="other_ratios"),
+    ],
+)
+def test_vectors_of_16_bytes(backend, device, spaces, channels, dtype, layout):
+    """Rows, or channels, that are whole vectors in every dtype."""
+    arguments = make(*spaces, channels, 2, dtype, device)
+    arguments[:2] = [LAYOUTS[layout](a.detach()).requires_grad_() for a in arguments[:2]]
+    check(backend, arguments, dtype)
+
+
+@on_every_backend
 @pytest.mark.parametrize("spaces", [((70, 9, 65), (23, 4, 33)), ((301, 97), (100, 48))])
 def test_positions_are_exact_at_large_odd_sizes(backend, device, spaces):
     """Interpolation positions rounded to float32 would show in the worst voxel."""
