@@ -205,6 +205,16 @@ __device__ __forceinline__ A absolute(A value) {
 #endif
 }
 
+// 1 / sqrt(value); float: 2 ulp.
+template <typename A>
+__device__ __forceinline__ A inverse_sqrt(A value) {
+#ifdef GRCSF_EMULATED
+  return 1 / std::sqrt(value);
+#else
+  return rsqrt(value);
+#endif
+}
+
 // 2^value. float: one instruction of the special-function unit, 2 ulp; subnormal results are 0.
 __device__ __forceinline__ float exp2_fast(float value) {
 #ifdef GRCSF_EMULATED
@@ -216,6 +226,15 @@ __device__ __forceinline__ float exp2_fast(float value) {
 #endif
 }
 __device__ __forceinline__ double exp2_fast(double value) { return exp2(value); }
+
+// The same number, of which the compiler knows nothing: sums that begin with it are not taken apart
+// into constants that would wait in registers.
+__device__ __forceinline__ std::int64_t opaque(std::int64_t value) {
+#ifndef GRCSF_EMULATED
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
 
 // ---- Threads -----------------------------------------------------------------------------------
 

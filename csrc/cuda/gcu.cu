@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
   const Columns<T, path, size> columns(m, place.x);
   const std::int64_t own = sample * m.channels * m.voxels + place.voxel * m.voxel_stride;
   const T* skip = static_cast<const T*>(m.skip) + own;
-  const T* deep =
-      static_cast<const T*>(m.deep) + sample * m.channels * m.deep_voxels + place.deep_row;
+  const T* deep = static_cast<const T*>(m.deep) + sample * m.channels * m.deep_voxels +
+                  place.deep_row + columns.origin;
   T* compensated = static_cast<T*>(m.compensated) + own;
 
   A products[Tile::voxels] = {}, skip_squares[Tile::voxels] = {}, up_squares[Tile::voxels] = {};
@@ -46,27 +46,29 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
   for (int pass = 0; pass < 2; ++pass) {
 #pragma unroll 1
     for (int c0 = 0; c0 < m.channels; c0 += m.span) {
+      const int first = channel_of<Tile, packs>(m.group_bits, lane, c0, 0);
+      const std::int64_t at = first * m.channel_stride;
+      const T* rows = deep + first * m.deep_channel_stride;
       if (pass == 0 || !once) {
 #pragma unroll
         for (int s = 0; s < packs; ++s) {
-          const int c = channel_of<Tile>(m.group_bits, lane, c0, s);
-          if (c < m.channels) held[s] = Waiting<T, size>::load_once(skip + c * m.channel_stride);
+          const int c = channel_of<Tile, packs>(m.group_bits, lane, c0, s);
+          if (c < m.channels) held[s] = Waiting<T, size>::load_once(skip + (at + s * m.step));
         }
       }
 #pragma unroll
       for (int s = 0; s < packs; ++s) {
-        const int c = channel_of<Tile>(m.group_bits, lane, c0, s);
+        const int c = channel_of<Tile, packs>(m.group_bits, lane, c0, s);
         if (c >= m.channels) continue;
         if (pass == 0) {
           const Gates<Tile, A> gates(m, sample, c);
           A up[size];
-          columns.interpolate(DeepRows<T>{deep + c * m.deep_channel_stride, place, m.z.deep > 1},
-                              up);
+          columns.interpolate(deep_rows(m, rows + s * m.deep_step, place), gates.deep, up);
 #pragma unroll
           for (int e = 0; e < size; ++e) {
             const int voxel = Tile::across ? 0 : e, channel = Tile::across ? e : 0;
             const A f = held[s].get(e) * gates.skip[channel];
-            const A u = up[e] * gates.deep[channel];
+            const A u = up[e];
             products[voxel] += f * u;
             skip_squares[voxel] += f * f;
             up_squares[voxel] += u * u;
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
           for (int e = 0; e < size; ++e) {
             result[e] = narrowed<T>(held[s].get(e) * factor[Tile::across ? 0 : e]);
           }
-          store_once(compensated + c * m.channel_stride, result);
+          store_once(compensated + (at + s * m.step), result);
         }
       }
     }
@@ -91,8 +93,8 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
     for (int i = 0; i < Tile::voxels; ++i) {
       if (i >= scatter.count()) continue;
       // Multiplied one after the other: the product of two inverse eps could overflow.
-      const A cosine = products[i] * inverse_norm(skip_squares[i], A(m.eps)) *
-                       inverse_norm(up_squares[i], A(m.eps));
+      const A cosine = products[i] * InverseNorm<A>(skip_squares[i], A(m.eps)).value *
+                       InverseNorm<A>(up_squares[i], A(m.eps)).value;
       factor[i] = m.similarity ? 1 + cosine : 2 - cosine;
       if (place.exists && scatter.writes()) {
         dissimilarity[scatter.first() + i] = narrowed<T>(1 - cosine);

@@ -14,9 +14,9 @@
 // Bytes: skip and the gradient [B, C, V] read once, grad_skip written once, deep from the caches.
 // Channels beyond what a tile holds are read twice, the second time from L2.
 //
-// Gates. A warp takes a fixed set of tiles and adds up its part of the gate's gradient in
-// registers, or where channels are many in its own place in memory; a last kernel adds the places
-// in double precision. So nothing is atomic and the bits do not change from run to run.
+// Gates. A warp takes a fixed set of tiles and adds up its part of the gate's gradient in its own
+// place in memory (registers would spill); a last kernel adds the places in double precision. So
+// nothing is atomic and the bits do not change from run to run.
 #include <algorithm>
 #include <vector>
 
@@ -59,8 +59,8 @@ struct Factors {
   A strength[voxels], cross[voxels], radial[voxels];
 
   // From the sums over channels; writes alpha and beta where there is a place for them.
-  template <typename T>
-  __device__ __forceinline__ void set(const Volumes& m, const Place<A>& place, int sample,
+  template <typename T, typename Place>
+  __device__ __forceinline__ void set(const Volumes& m, const Place& place, int sample,
                                       Sums<A, voxels>& sums) {
     const Scatter<voxels> scatter{1 << m.group_bits};
     scatter.sum(sums.products);
@@ -78,20 +78,20 @@ struct Factors {
     for (int i = 0; i < voxels; ++i) {
       strength[i] = cross[i] = radial[i] = 0;  // adds nothing to the gate where no voxel is
       if (i >= scatter.count() || !place.exists) continue;
-      const A skip_inverse = inverse_norm(sums.skip_squares[i], eps);
-      const A up_inverse = inverse_norm(sums.up_squares[i], eps);
-      const A cosine = sums.products[i] * skip_inverse * up_inverse;
+      const InverseNorm<A> skip_inverse(sums.skip_squares[i], eps);
+      const InverseNorm<A> up_inverse(sums.up_squares[i], eps);
+      const A cosine = sums.products[i] * skip_inverse.value * up_inverse.value;
       const A strengthened = m.similarity ? sums.strengthened[i] : -sums.strengthened[i];
       const A reaching = strengthened - widened(grads[i]);
       const A along = reaching * cosine;
       strength[i] = m.similarity ? 1 + cosine : 2 - cosine;
-      cross[i] = reaching * skip_inverse * up_inverse;
+      cross[i] = reaching * skip_inverse.value * up_inverse.value;
       // Where a norm is at its floor, nothing goes through it.
-      if (sqrt(sums.skip_squares[i]) > eps) radial[i] = along * skip_inverse * skip_inverse;
+      if (skip_inverse.above) radial[i] = along * skip_inverse.value * skip_inverse.value;
       if (!stores) continue;
       static_cast<A*>(m.cross)[at + i] = cross[i];
       static_cast<A*>(m.radial)[at + i] =
-          sqrt(sums.up_squares[i]) > eps ? along * up_inverse * up_inverse : A(0);
+          up_inverse.above ? along * up_inverse.value * up_inverse.value : A(0);
     }
     scatter.share(strength);
     scatter.share(cross);
@@ -110,75 +110,102 @@ struct Held {
   const Lane lane;
   const int sample;
   Waiting<T, size> skip[packs], grad[packs];
-  A up[packs][size];              // without its gate
+  A up[packs][size];              // gated
   A gate[packs][Tile::channels];  // sums of (gradient of f) * skip
 
-  // Calls body(s, c) for the packs that exist; c is the first channel of pack s.
-  template <typename Body>
-  __device__ __forceinline__ void each(int c0, Body body) const {
+  // Calls body(s, c) for the packs that exist, c being the first channel of pack s, and next()
+  // after every pack, which steps offsets.
+  template <typename Body, typename Next>
+  __device__ __forceinline__ void each(int c0, Body body, Next next) const {
 #pragma unroll
     for (int s = 0; s < packs; ++s) {
-      const int c = channel_of<Tile>(m.group_bits, lane, c0, s);
+      const int c = channel_of<Tile, packs>(m.group_bits, lane, c0, s);
       if (c < m.channels) body(s, c);
+      next();
     }
   }
 
-  __device__ __forceinline__ std::int64_t offset(const Place<A>& place) const {
-    return std::int64_t(sample) * m.channels * m.voxels + place.voxel * m.voxel_stride;
+  // Of the first pack, in skip.
+  __device__ __forceinline__ std::int64_t offset(const Place<Tile, A>& place, int c0) const {
+    const int first = channel_of<Tile, packs>(m.group_bits, lane, c0, 0);
+    return std::int64_t(sample) * m.channels * m.voxels + place.voxel * m.voxel_stride +
+           first * m.channel_stride;
   }
 
-  __device__ __forceinline__ void load(const Place<A>& place, int c0) {
-    const std::int64_t own = offset(place);
-    each(c0, [&](int s, int c) {
-      const std::int64_t at = own + c * m.channel_stride;
-      skip[s] = Waiting<T, size>::load(static_cast<const T*>(m.skip) + at);
-      grad[s] = Waiting<T, size>::load_once(static_cast<const T*>(m.grad) + at);
-    });
-    const T* deep =
-        static_cast<const T*>(m.deep) + sample * m.channels * m.deep_voxels + place.deep_row;
+  __device__ __forceinline__ void load(const Place<Tile, A>& place, int c0) {
+    std::int64_t at = offset(place, c0);
+    each(
+        c0,
+        [&](int s, int) {
+          skip[s] = Waiting<T, size>::load(static_cast<const T*>(m.skip) + at);
+          grad[s] = Waiting<T, size>::load_once(static_cast<const T*>(m.grad) + at);
+        },
+        [&] { at = opaque(at + m.step); });
+  }
+
+  // Makes the gated and upsampled tile.
+  __device__ __forceinline__ void interpolate(const Place<Tile, A>& place, int c0) {
     const Columns<T, path, size> columns(m, place.x);
-    each(c0, [&](int s, int c) {
-      columns.interpolate(DeepRows<T>{deep + c * m.deep_channel_stride, place, m.z.deep > 1},
-                          up[s]);
-    });
+    const int first = channel_of<Tile, packs>(m.group_bits, lane, c0, 0);
+    std::int64_t at = std::int64_t(sample) * m.channels * m.deep_voxels + place.deep_row +
+                      columns.origin + first * m.deep_channel_stride;
+    each(
+        c0,
+        [&](int s, int c) {
+          const Gates<Tile, A> gates(m, sample, c);
+          columns.interpolate(deep_rows(m, static_cast<const T*>(m.deep) + at, place), gates.deep,
+                              up[s]);
+        },
+        [&] { at = opaque(at + m.deep_step); });
   }
 
   __device__ __forceinline__ void add(int c0, Sums<A, Tile::voxels>& sums) const {
-    each(c0, [&](int s, int c) {
-      const Gates<Tile, A> gates(m, sample, c);
+    each(
+        c0,
+        [&](int s, int c) {
+          const Gates<Tile, A> gates(m, sample, c);
 #pragma unroll
-      for (int e = 0; e < size; ++e) {
-        const int v = Tile::across ? 0 : e, channel = Tile::across ? e : 0;
-        const A value = skip[s].get(e);
-        const A f = value * gates.skip[channel], u = up[s][e] * gates.deep[channel];
-        sums.products[v] += f * u;
-        sums.skip_squares[v] += f * f;
-        sums.up_squares[v] += u * u;
-        sums.strengthened[v] += value * grad[s].get(e);
-      }
-    });
+          for (int e = 0; e < size; ++e) {
+            const int v = Tile::across ? 0 : e, channel = Tile::across ? e : 0;
+            const A value = skip[s].get(e);
+            const A f = value * gates.skip[channel], u = up[s][e];
+            sums.products[v] += f * u;
+            sums.skip_squares[v] += f * f;
+            sums.up_squares[v] += u * u;
+            sums.strengthened[v] += value * grad[s].get(e);
+          }
+        },
+        [] {});
   }
 
-  // Writes the gradient of skip, and adds to the gate's.
+  // Writes the gradient of skip, and adds up the gate's.
   __device__ __forceinline__ void differentiate(const Factors<A, Tile::voxels>& factors,
-                                                const Place<A>& place, int c0) {
-    const std::int64_t own = offset(place);
-    each(c0, [&](int s, int c) {
-      const Gates<Tile, A> gates(m, sample, c);
-      Pack<T, size> result;
+                                                const Place<Tile, A>& place, int c0) {
 #pragma unroll
-      for (int e = 0; e < size; ++e) {
-        const int v = Tile::across ? 0 : e, channel = Tile::across ? e : 0;
-        const A value = skip[s].get(e);
-        const A f = value * gates.skip[channel], u = up[s][e] * gates.deep[channel];
-        const A grad_f = factors.cross[v] * u - factors.radial[v] * f;
-        result[e] =
-            narrowed<T>(grad[s].get(e) * factors.strength[v] + grad_f * gates.skip[channel]);
-        gate[s][channel] += grad_f * value;
-      }
-      if (!place.exists || m.grad_skip == nullptr) return;
-      store_once(static_cast<T*>(m.grad_skip) + own + c * m.channel_stride, result);
-    });
+    for (int s = 0; s < packs; ++s) {
+#pragma unroll
+      for (int e = 0; e < Tile::channels; ++e) gate[s][e] = 0;
+    }
+    std::int64_t at = offset(place, c0);
+    each(
+        c0,
+        [&](int s, int c) {
+          const Gates<Tile, A> gates(m, sample, c);
+          Pack<T, size> result;
+#pragma unroll
+          for (int e = 0; e < size; ++e) {
+            const int v = Tile::across ? 0 : e, channel = Tile::across ? e : 0;
+            const A value = skip[s].get(e);
+            const A f = value * gates.skip[channel];
+            const A grad_f = factors.cross[v] * up[s][e] - factors.radial[v] * f;
+            result[e] =
+                narrowed<T>(grad[s].get(e) * factors.strength[v] + grad_f * gates.skip[channel]);
+            gate[s][channel] += grad_f * value;
+          }
+          if (!place.exists || m.grad_skip == nullptr) return;
+          store_once(static_cast<T*>(m.grad_skip) + at, result);
+        },
+        [&] { at = opaque(at + m.step); });
   }
 
   // Puts the gate's sums, or adds them, to this warp's place.
@@ -188,8 +215,7 @@ struct Held {
 #pragma unroll
       for (int e = 0; e < Tile::channels; ++e) {
         const A sum = column_sum(m.group_bits, gate[s][e]);
-        gate[s][e] = 0;
-        const int c = channel_of<Tile>(m.group_bits, lane, c0, s) + e;
+        const int c = channel_of<Tile, packs>(m.group_bits, lane, c0, s) + e;
         if (lane.column != 0 || c >= m.channels) continue;
         A* to = static_cast<A*>(m.sums) + (sample * m.channels + c) * m.warps + slot;
         *to = adds ? *to + sum : sum;
@@ -204,13 +230,13 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_backward_voxels_kernel(co
   using Tile = Tiling<T, path, size>;
   const int warp = static_cast<int>(blockIdx.x) * (tile_threads / warp_size) + warp_index();
   const auto sample = static_cast<int>(m.samples.quotient(warp));
-  const int slot = warp - sample * static_cast<int>(m.warps);
   if (sample >= m.batch) return;
   Held<T, path, size> held{m, lane_of(m.group_bits), sample, {}, {}, {}, {}};
   const bool once = m.channels <= m.span;
   const bool writes = m.grad_skip != nullptr || m.sums != nullptr;
 #pragma unroll 1
-  for (int tile = slot; tile < m.tiles; tile += static_cast<int>(m.warps)) {
+  for (int tile = warp - sample * static_cast<int>(m.warps); tile < m.tiles;
+       tile += static_cast<int>(m.warps)) {
     const auto place = place_of<Tile, A>(m, held.lane, tile);
     Sums<A, Tile::voxels> sums{};
     Factors<A, Tile::voxels> factors;
@@ -218,14 +244,17 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_backward_voxels_kernel(co
     for (int pass = 0; pass < (writes ? 2 : 1); ++pass) {
 #pragma unroll 1
       for (int c0 = 0; c0 < m.channels; c0 += m.span) {
-        if (pass == 0 || !once) held.load(place, c0);
+        if (pass == 0 || !once) {
+          held.load(place, c0);
+          held.interpolate(place, c0);
+        }
         if (pass == 0) {
           held.add(c0, sums);
           continue;
         }
         held.differentiate(factors, place, c0);
-        const bool last = !once || tile + m.warps >= m.tiles;
-        if (m.sums != nullptr && last) held.put(c0, slot, m.adds || (!once && tile != slot));
+        if (m.sums == nullptr) continue;
+        held.put(c0, tile % static_cast<int>(m.warps), m.adds || tile >= m.warps);
       }
       if (pass == 0) factors.template set<T>(m, place, sample, sums);
     }

@@ -206,7 +206,7 @@ struct Gather : Gathered<T_, path, size> {
     }
 #pragma unroll
     for (int s = 0; s < packs; ++s) {
-      const int c = channel_of<Tile>(g.group_bits, lane, c0, s);
+      const int c = channel_of<Tile, packs>(g.group_bits, lane, c0, s);
       if (c >= m.channels) continue;
 #pragma unroll
       for (int i = 0; i < taken_at_once; ++i) {
@@ -235,7 +235,7 @@ struct Gather : Gathered<T_, path, size> {
           const A factor = factors[(x + 1) * g.count];
 #pragma unroll
           for (int s = 0; s < packs; ++s) {
-            const int c = channel_of<Tile>(g.group_bits, lane, c0, s);
+            const int c = channel_of<Tile, packs>(g.group_bits, lane, c0, s);
             if (c >= m.channels) continue;
             const auto pack =
                 load_pack<T, values>(row + c * m.deep_channel_stride + x * m.voxel_stride);
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(gather_threads, 2)
     gatherer.apply(j, coefficients + index, deep, radial);
 #pragma unroll
     for (int s = 0; s < packs; ++s) {
-      const int c = channel_of<Tile>(g.group_bits, lane, c0, s);
+      const int c = channel_of<Tile, packs>(g.group_bits, lane, c0, s);
       if (c >= m.channels) continue;
       const Gates<Tile, A> gates(m, sample, c);
       const auto value = load_pack<T, size>(deep + c * m.deep_channel_stride);
@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(gather_threads, 2)
 #pragma unroll
     for (int e = 0; e < Tile::channels; ++e) {
       const A sum = column_sum(g.group_bits, gate[s][e]);
-      const int c = channel_of<Tile>(g.group_bits, lane, 0, s) + e;
+      const int c = channel_of<Tile, packs>(g.group_bits, lane, 0, s) + e;
       if (lane.column == 0) space.set(warp_index() * g.span + c, sum);
     }
   }

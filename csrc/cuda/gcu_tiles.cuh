@@ -157,6 +157,7 @@ struct Volumes {
   // Tiles: packs of planes [plane_begin, plane_end).
   int plane_begin, plane_end;
   int group_bits, span;              // log2 of G; channels of a chunk
+  std::int64_t step, deep_step;      // from one of a lane's packs to the next
   Divider row_packs, rows, samples;  // samples: by warps
   std::int64_t packs, tiles, warps;  // of a sample
 
@@ -175,6 +176,8 @@ struct Tiling {
   static constexpr bool across = path == Path::channels_last;
   static constexpr int voxels = across ? 1 : size;
   static constexpr int channels = across ? size : 1;
+  // Of offsets in a plane of one channel, or of all where those are neighbours.
+  using Step = std::conditional_t<path == Path::doubled || (voxels > 1), int, std::int64_t>;
 };
 
 // Which of the tile a lane takes.
@@ -186,27 +189,29 @@ __device__ __forceinline__ Lane lane_of(int group_bits) {
   return {lane_index() & ((1 << group_bits) - 1), lane_index() >> group_bits};
 }
 
-// The first channel of pack s of this lane.
-template <typename Tiling>
+// The first channel of pack s of this lane. Where channels are neighbours, so are the packs of
+// neighbouring groups; else a lane's packs are, so that their addresses differ by constants.
+template <typename Tiling, int packs>
 __device__ __forceinline__ int channel_of(int group_bits, const Lane& lane, int c0, int s) {
+  if (!Tiling::across) return c0 + lane.group * packs + s;
   return c0 + ((s << group_bits) + lane.group) * Tiling::channels;
 }
 
 // The voxels of a lane's packs, and the deep rows around them.
-template <typename A>
+template <typename Tiling, typename A>
 struct Place {
   bool exists;
   int z, y, x;
   std::int64_t voxel;     // in the sample
   std::int64_t deep_row;  // offset of the first of four deep rows
-  std::int64_t step_z, step_y;
+  typename Tiling::Step step_z, step_y;
   A fraction_z, fraction_y;
 };
 
 template <typename Tiling, typename A>
-__device__ __forceinline__ Place<A> place_of(const Volumes& m, const Lane& lane,
-                                             std::int64_t tile) {
-  Place<A> place;
+__device__ __forceinline__ Place<Tiling, A> place_of(const Volumes& m, const Lane& lane,
+                                                     std::int64_t tile) {
+  Place<Tiling, A> place;
   std::int64_t pack = (tile << (5 - m.group_bits)) + lane.column;
   place.exists = pack < m.packs;
   pack = least(pack, m.packs - 1);
@@ -219,7 +224,8 @@ __device__ __forceinline__ Place<A> place_of(const Volumes& m, const Lane& lane,
 
   const auto z = position_of<A>(m.z, place.z);
   const auto y = position_of<A>(m.y, place.y);
-  const std::int64_t row_stride = m.x.deep * m.voxel_stride;
+  using Step = typename Tiling::Step;
+  const auto row_stride = static_cast<Step>(m.x.deep * m.voxel_stride);
   place.deep_row = (std::int64_t(z.low) * m.y.deep + y.low) * row_stride;
   place.step_y = y.step * row_stride;
   place.step_z = z.step * row_stride * m.y.deep;
@@ -295,38 +301,42 @@ struct Columns;
 template <typename T, int size, typename A>
 struct Columns<T, Path::doubled, size, A> {
   static_assert(size % 2 == 0, "packs begin at a deep column");
-  int first, left, right;
+  int origin;  // offset of the first deep column in its row
+  bool has_left, has_right;
 
   __device__ __forceinline__ Columns(const Volumes& m, int x) {
-    first = x / 2;
-    left = first > 0 ? -1 : 0;
-    right = first + size / 2 < m.x.deep ? size / 2 : size / 2 - 1;
+    origin = x / 2;
+    has_left = origin > 0;
+    has_right = origin + size / 2 < m.x.deep;
   }
 
-  // Adds one deep row, weighted.
-  __device__ __forceinline__ void add(const T* row, A weight, A* columns) const {
-    const auto middle = load_pack<T, size / 2>(row + first);
-    columns[0] += weight * widened(row[first + left]);
-#pragma unroll
-    for (int j = 0; j < size / 2; ++j) columns[j + 1] += weight * widened(middle[j]);
-    columns[size / 2 + 1] += weight * widened(row[first + right]);
-  }
-
-  // `rows` are of one channel. The clamped column at an edge is the edge's own, as it should be.
+  // The gated values of a pack from deep rows of its channel, which begin at `origin`. The column
+  // beside an edge is the edge's own.
   template <typename Rows>
-  __device__ __forceinline__ void interpolate(const Rows& rows, A* up) const {
+  __device__ __forceinline__ void interpolate(const Rows& rows, const A* gates, A* up) const {
     A columns[size / 2 + 2] = {};
-    rows.each([&](const T* row, A weight) { add(row, weight, columns); });
+    rows.each([&](const T* row, A weight) {
+      const auto middle = Waiting<T, size / 2>::load(row);
+      A left = middle.get(0), right = middle.get(size / 2 - 1);
+      if (has_left) left = widened(row[-1]);
+      if (has_right) right = widened(row[size / 2]);
+      columns[0] += weight * left;
+#pragma unroll
+      for (int j = 0; j < size / 2; ++j) columns[j + 1] += weight * middle.get(j);
+      columns[size / 2 + 1] += weight * right;
+    });
+    const A near = A(0.75) * gates[0], far = A(0.25) * gates[0];
 #pragma unroll
     for (int j = 0; j < size / 2; ++j) {
-      up[2 * j] = A(0.25) * columns[j] + A(0.75) * columns[j + 1];
-      up[2 * j + 1] = A(0.75) * columns[j + 1] + A(0.25) * columns[j + 2];
+      up[2 * j] = far * columns[j] + near * columns[j + 1];
+      up[2 * j + 1] = near * columns[j + 1] + far * columns[j + 2];
     }
   }
 };
 
 template <typename T, int size, typename A>
 struct Columns<T, Path::taps, size, A> {
+  static constexpr int origin = 0;
   int low[size], high[size];
   A fraction[size];
 
@@ -341,7 +351,7 @@ struct Columns<T, Path::taps, size, A> {
   }
 
   template <typename Rows>
-  __device__ __forceinline__ void interpolate(const Rows& rows, A* up) const {
+  __device__ __forceinline__ void interpolate(const Rows& rows, const A* gates, A* up) const {
 #pragma unroll
     for (int e = 0; e < size; ++e) up[e] = 0;
     rows.each([&](const T* row, A weight) {
@@ -351,54 +361,65 @@ struct Columns<T, Path::taps, size, A> {
         up[e] += weight * (left + fraction[e] * (right - left));
       }
     });
+#pragma unroll
+    for (int e = 0; e < size; ++e) up[e] *= gates[0];
   }
 };
 
 template <typename T, int size, typename A>
 struct Columns<T, Path::channels_last, size, A> {
-  int low, high;
+  int origin, step;
   A fraction;
 
   __device__ __forceinline__ Columns(const Volumes& m, int x) {
     const auto position = position_of<A>(m.x, x);
-    low = position.low * m.channels;
-    high = (position.low + position.step) * m.channels;
+    origin = position.low * m.channels;
+    step = position.step * m.channels;
     fraction = position.fraction;
   }
 
   template <typename Rows>
-  __device__ __forceinline__ void interpolate(const Rows& rows, A* up) const {
+  __device__ __forceinline__ void interpolate(const Rows& rows, const A* gates, A* up) const {
 #pragma unroll
     for (int e = 0; e < size; ++e) up[e] = 0;
     rows.each([&](const T* row, A weight) {
-      const auto left = load_pack<T, size>(row + low);
-      const auto right = load_pack<T, size>(row + high);
+      const auto left = Waiting<T, size>::load(row);
+      const auto right = Waiting<T, size>::load(row + step);
       const A right_weight = weight * fraction, left_weight = weight - right_weight;
 #pragma unroll
       for (int e = 0; e < size; ++e) {
-        up[e] += left_weight * widened(left[e]) + right_weight * widened(right[e]);
+        up[e] += left_weight * left.get(e) + right_weight * right.get(e);
       }
     });
+#pragma unroll
+    for (int e = 0; e < size; ++e) up[e] *= gates[e];
   }
 };
 
 // The four deep rows around a pack, of one channel or a pack of them.
-template <typename T, typename A = ComputeType<T>>
+template <typename T, typename Place>
 struct DeepRows {
   const T* first;
-  const Place<A>& place;
+  const Place& place;
   bool planes;  // there is more than one
 
   template <typename Body>
   __device__ __forceinline__ void each(Body body) const {
+    using A = ComputeType<T>;
     const A high = planes ? place.fraction_z : A(0), low = 1 - high;
     body(first, low * (1 - place.fraction_y));
     body(first + place.step_y, low * place.fraction_y);
     if (!planes) return;
     body(first + place.step_z, high * (1 - place.fraction_y));
-    body(first + place.step_z + place.step_y, high * place.fraction_y);
+    body(first + (place.step_z + place.step_y), high * place.fraction_y);
   }
 };
+
+template <typename T, typename Place>
+__device__ __forceinline__ DeepRows<T, Place> deep_rows(const Volumes& m, const T* first,
+                                                        const Place& place) {
+  return {first, place, m.z.deep > 1};
+}
 
 // Gates of the channels of one pack.
 template <typename Tiling, typename A>
@@ -415,12 +436,18 @@ struct Gates {
   }
 };
 
-// 1 / max(norm, eps) from the sum of squares.
+// 1 / max(norm, eps) from the sum of squares, and whether the norm is above eps.
 template <typename A>
-__device__ __forceinline__ A inverse_norm(A squares, A eps) {
-  const A norm = sqrt(squares);
-  return 1 / (norm < eps ? eps : norm);
-}
+struct InverseNorm {
+  A value;
+  bool above;
+
+  __device__ __forceinline__ InverseNorm(A squares, A eps) {
+    const A inverse = inverse_sqrt(squares), most = 1 / eps;
+    above = !(inverse >= most);  // NaN stays NaN
+    value = above ? inverse : most;
+  }
+};
 
 // Sum over the lanes of a warp that have the same channels, in a fixed order.
 template <typename A>
@@ -507,6 +534,8 @@ void set_groups(Volumes& m, int packs) {
     ++m.group_bits;
   }
   m.span = groups * packs * Tiling::channels;
+  m.step = Tiling::across ? groups * Tiling::channels : m.channel_stride;
+  m.deep_step = Tiling::across ? groups * Tiling::channels : m.deep_channel_stride;
 }
 
 template <typename Tiling>
