@@ -18,6 +18,7 @@
 // place in memory (registers would spill); a last kernel adds the places in double precision. So
 // nothing is atomic and the bits do not change from run to run.
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "cuda/gcu.h"
@@ -313,6 +314,8 @@ class Backward {
     m_.grad_dissimilarity = arguments.grad_dissimilarity.data;
     m_.grad_skip = arguments.grad_skip.data;
     m_.grad_deep = arguments.grad_deep.data;
+    // Images are cut into slabs along rows.
+    if (m_.z.size == 1 && m_.z.deep == 1) std::swap(m_.z, m_.y);
     wants_deep_ = arguments.grad_deep.data != nullptr || arguments.grad_deep_gate.data != nullptr;
   }
 

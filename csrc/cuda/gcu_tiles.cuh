@@ -8,10 +8,11 @@
 // memory and no barrier. Lanes that have the same voxels are neighbours.
 //
 // Three paths, by what a pack is:
-// - doubled: 16 bytes of neighbouring voxels of one channel, in rows of twice the size of the deep
-//   row. The deep columns around them are one vector and a value on either side, which are loaded
-//   and blended over z and y once.
-// - taps: likewise, or one value (any layout and alignment), with two deep columns a voxel.
+// - doubled: up to 16 bytes of neighbouring voxels of one channel, in rows of twice the size of the
+//   deep row. The deep columns around them are one vector and a value on either side, which are
+//   loaded and blended over z and y once.
+// - taps: likewise up to 8 bytes, or one value (any layout and alignment), with two deep columns a
+//   voxel.
 // - channels_last: 16 bytes of neighbouring channels of one voxel, with eight deep voxels as
 //   vectors.
 // More channels than the groups hold are taken in chunks; data is then read again in the second
@@ -240,8 +241,8 @@ template <int voxels>
 struct Scatter {
   int lanes;  // groups
 
-  // What this lane finishes: `count` voxels from `first` on, as others may too; `writes` if it is
-  // the one to write them.
+  // This lane finishes `count` voxels from `first` on. Where there are more lanes than voxels
+  // others finish the same ones; `writes` says whether this one is to write them.
   __device__ __forceinline__ int count() const { return greatest(voxels / lanes, 1); }
   __device__ __forceinline__ bool writes() const { return (lane_index() & (lanes - 1)) < voxels; }
   __device__ __forceinline__ int first() const {
