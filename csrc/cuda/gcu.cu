@@ -10,7 +10,7 @@
 // No thread writes what another one reads.
 #include "cuda/gcu.h"
 
-#include "cuda/gcu_tiles.cuh"
+#include "cuda/gcu_upsample.cuh"
 
 namespace grcsf {
 namespace cuda {

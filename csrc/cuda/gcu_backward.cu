@@ -30,13 +30,9 @@ namespace {
 
 constexpr int sum_threads = 128;
 constexpr int warps_of_a_multiprocessor = 16;
-#ifdef GRCSF_EMULATED
-constexpr std::int64_t small_scratch = 4 << 10;  // so that small tests have several slabs
-constexpr std::int64_t cached_bytes = 16 << 10;
-#else
-constexpr std::int64_t small_scratch = 4 << 20;
-constexpr std::int64_t cached_bytes = 16 << 20;  // of skip in a slab
-#endif
+// Bytes of scratch that need no slabs, and of skip in a slab.
+inline std::int64_t small_scratch() { return from_size(4 << 20, 4 << 10); }
+inline std::int64_t cached_bytes() { return from_size(16 << 20, 16 << 10); }
 constexpr double scratch_share = 0.04;  // of the gradients' bytes
 
 // Packs of a lane, and their sizes: as many as fit 128 registers beside the sums, with the gradient
@@ -358,13 +354,13 @@ class Backward {
     const double gradients = static_cast<double>(sizeof(T)) * m_.batch * m_.channels *
                              static_cast<double>(m_.voxels + m_.deep_voxels);
     const auto share = static_cast<std::int64_t>(scratch_share * gradients);
-    const std::int64_t budget = std::max(small_scratch, share);
+    const std::int64_t budget = std::max(small_scratch(), share);
     // As many deep planes as planes are complete with.
     const double ratio = static_cast<double>(m_.z.deep) / m_.z.size;
     const double each = static_cast<double>(bytes) + ratio * static_cast<double>(deep_bytes);
     std::int64_t ring = static_cast<std::int64_t>(static_cast<double>(budget) / each);
     const std::int64_t skip_bytes = sizeof(T) * m_.batch * m_.channels * plane;
-    ring = std::min(ring, cached_bytes / skip_bytes);
+    ring = std::min(ring, cached_bytes() / skip_bytes);
     int longest = 1;
     for (int j = 0; j < m_.z.deep; ++j) {
       longest = std::max(longest, m_.z.end_of(j) - m_.z.first_of(j));

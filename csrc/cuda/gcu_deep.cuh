@@ -15,7 +15,7 @@
 // Hazard: the sums for the gate go through shared memory, with one barrier.
 #pragma once
 
-#include "cuda/gcu_tiles.cuh"
+#include "cuda/gcu_upsample.cuh"
 
 namespace grcsf {
 namespace cuda {

@@ -73,6 +73,24 @@ FAULTS = [
         "residual_map",
         r"AddressSanitizer: heap-buffer-overflow|AssertionError: .*(is not finite| > )",
     ),
+    Planted(
+        "a deep voxel beyond the end of its axis",
+        "gcu.cu",
+        "gcu_axis.cuh",
+        "position.step = low < axis.deep - 1 ? 1 : 0;",
+        "position.step = low < axis.deep ? 1 : 0;",
+        "gcu",
+        r"AddressSanitizer: heap-buffer-overflow|AssertionError: .*(is not finite| > )",
+    ),
+    Planted(
+        "an edge patch as large as the others",
+        "rcu.cu",
+        "rcu_problem.cuh",
+        "box.width = least(m.patch_w, m.width - w);",
+        "box.width = m.patch_w;",
+        "rcu",
+        r"AddressSanitizer: heap-buffer-overflow|AssertionError: .*(is not finite| > )|race",
+    ),
 ]
 
 
