@@ -18,14 +18,14 @@ namespace {
 // The operators with a kernel, by backend: what dispatch reads.
 py::dict operators() {
   py::dict found;
-  const auto cuda = py::make_tuple("residual_map", "gcu");
+  const auto operators = py::make_tuple("residual_map", "gcu", "rcu");
 #ifdef GRCSF_EMULATED
   found["cpu"] = py::tuple();
   found["cuda"] = py::tuple();
-  found["cuda-emulated"] = cuda;
+  found["cuda-emulated"] = operators;
 #else
-  found["cpu"] = py::make_tuple("residual_map", "gcu", "rcu");
-  found["cuda"] = cuda;
+  found["cpu"] = operators;
+  found["cuda"] = operators;
 #endif
   return found;
 }
@@ -64,9 +64,9 @@ PYBIND11_MODULE(_C, module) {
   grcsf::python::bind_faults(module);
 #else
   grcsf::python::bind_exponential(module);
-  grcsf::python::bind_rcu(module);
 #endif
   grcsf::python::bind_gcu(module);
   grcsf::python::bind_pool(module);
+  grcsf::python::bind_rcu(module);
   grcsf::python::bind_residual_map(module);
 }

@@ -57,7 +57,7 @@ void bind_rcu(py::module_& module) {
                auto arguments = arguments_of(x, residual, weights, patch, call, scores);
                arguments.out = view_of(out, "out");
                const py::gil_scoped_release release;
-               rcu_forward(arguments);
+               GRCSF_KERNEL(rcu_forward, arguments.x)(arguments);
              });
   module.def(
       "rcu_backward",
@@ -73,7 +73,7 @@ void bind_rcu(py::module_& module) {
         arguments.grad_residual = view_of(grad_residual, "grad_residual");
         arguments.grad_weights = weights_of(grad_weights, "gradient of ");
         const py::gil_scoped_release release;
-        rcu_backward(arguments);
+        GRCSF_KERNEL(rcu_backward, arguments.x)(arguments);
       });
 }
 

@@ -189,11 +189,11 @@ class Waiting {
 // ---- Arithmetic --------------------------------------------------------------------------------
 
 template <typename A>
-__device__ __forceinline__ A least(A a, A b) {
+__host__ __device__ __forceinline__ A least(A a, A b) {
   return b < a ? b : a;
 }
 template <typename A>
-__device__ __forceinline__ A greatest(A a, A b) {
+__host__ __device__ __forceinline__ A greatest(A a, A b) {
   return a < b ? b : a;
 }
 template <typename A>
