@@ -46,6 +46,11 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and interpreting()
 
 
+def slow(backend: str) -> bool:
+    """Whether kernels are interpreted or emulated: large tests are smaller."""
+    return interpreted(backend) or backend == EMULATED
+
+
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a fresh interpreter that imports the installed package, not the checkout."""
     installed = "import sys\nsys.path = [path for path in sys.path if path]\n"

@@ -186,6 +186,73 @@ class Waiting {
   alignas(sizeof(T) * N) Word words_[sizeof(T) * N / sizeof(Word)];
 };
 
+// Values of T in 16 bytes that a thread keeps: as words, since single half values would take a
+// register each. They are widened where they are used, and written two at a time.
+template <typename T>
+struct Words {
+  static constexpr int count = full_pack<T>;
+  unsigned words[4];
+
+  __device__ __forceinline__ float get(int i) const {
+    if constexpr (std::is_same_v<T, float>) return as_float(words[i]);
+    const unsigned word = words[i / 2];
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      return as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    }
+    const auto bits = static_cast<std::uint16_t>(i % 2 == 0 ? word : word >> 16);
+    return widened(float16{bits});
+  }
+
+  // Values i and i + 1, i even.
+  __device__ __forceinline__ void set_pair(int i, float first, float second) {
+    if constexpr (std::is_same_v<T, float>) {
+      words[i] = as_word(first);
+      words[i + 1] = as_word(second);
+    } else {
+      words[i / 2] = narrowed<T>(first).bits | unsigned(narrowed<T>(second).bits) << 16;
+    }
+  }
+
+  // The compiler takes these, and shared memory, for new values: it widens and loads again at the
+  // next use, instead of keeping what it had before in registers.
+  __device__ __forceinline__ void renew() {
+#ifndef GRCSF_EMULATED
+    asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])::"memory");
+#endif
+  }
+
+  __device__ __forceinline__ static float as_float(unsigned word) {
+#ifdef GRCSF_EMULATED
+    float value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+#else
+    return __uint_as_float(word);
+#endif
+  }
+  __device__ __forceinline__ static unsigned as_word(float value) {
+#ifdef GRCSF_EMULATED
+    unsigned word;
+    std::memcpy(&word, &value, sizeof word);
+    return word;
+#else
+    return __float_as_uint(value);
+#endif
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ Words<T> load_words_once(const T* from) {
+  const auto pack = load_once<unsigned, 4>(reinterpret_cast<const unsigned*>(from));
+  return {{pack[0], pack[1], pack[2], pack[3]}};
+}
+
+template <typename T>
+__device__ __forceinline__ void store_words_once(T* to, const Words<T>& from) {
+  store_once(reinterpret_cast<unsigned*>(to),
+             Pack<unsigned, 4>{{from.words[0], from.words[1], from.words[2], from.words[3]}});
+}
+
 // ---- Arithmetic --------------------------------------------------------------------------------
 
 template <typename A>

@@ -15,7 +15,8 @@ namespace cuda {
 namespace {
 
 template <typename T, bool many>
-__global__ void __launch_bounds__(rcu_most_threads) rcu_output_kernel(const RcuProblem m) {
+__global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T>)
+    rcu_output_kernel(const RcuProblem m) {
   using A = ComputeType<T>;
   SharedArena arena;
   const auto stage = arena.take<A>(stage_values);
@@ -47,6 +48,7 @@ void forward(const RcuArguments& arguments) {
   using A = ComputeType<T>;
   const Queue queue("rcu", arguments.x, arguments.cuda.stream);
   RcuProblem m = rcu_problem(arguments, queue);
+  if (rcu_patch_forward(arguments, m)) return;
   rcu_prepare(arguments, m, true);
   const std::size_t shared =
       shared_bytes<A>(stage_values) + shared_bytes<A>(m.tile_keys * m.key_lines);

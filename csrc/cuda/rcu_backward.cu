@@ -71,7 +71,7 @@ std::size_t space_bytes(const RcuProblem& m) {
 
 // First pass: sums over the voxels of grad_out . y, and gradients of value weights and bias.
 template <typename T, bool many>
-__global__ void __launch_bounds__(rcu_most_threads)
+__global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T, many>)
     rcu_values_kernel(const RcuProblem m, const Gradients gradients) {
   using A = ComputeType<T>;
   const Space<A> space(m);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(rcu_most_threads)
 
 // Second pass: gradients of x, of query weights and bias.
 template <typename T, bool many>
-__global__ void __launch_bounds__(rcu_most_threads)
+__global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T, many>)
     rcu_queries_kernel(const RcuProblem m, const Gradients gradients) {
   using A = ComputeType<T>;
   const Space<A> space(m);

@@ -41,7 +41,7 @@ __device__ __forceinline__ A* kept_of(const RcuProblem& m, const Part& part, con
 }
 
 template <typename T, bool many>
-__global__ void __launch_bounds__(rcu_most_threads)
+__global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T>)
     rcu_keep_kernel(const RcuProblem m, const Part part) {
   using A = ComputeType<T>;
   SharedArena arena;
@@ -104,7 +104,7 @@ __device__ __forceinline__ void add_query(const RcuProblem& m, const Shared<A>& 
 
 // A block takes a piece of the keys of one patch and map.
 template <typename T, bool many>
-__global__ void __launch_bounds__(rcu_most_threads)
+__global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T>)
     rcu_map_kernel(const RcuProblem m, const Part part) {
   using A = ComputeType<T>;
   constexpr int G = channels_at_once<A, many>;

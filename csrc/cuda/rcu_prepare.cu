@@ -99,7 +99,8 @@ __device__ __forceinline__ void range_of_queries(const RcuProblem& m, const Unit
 }
 
 template <typename T>
-__global__ void __launch_bounds__(rcu_most_threads) rcu_survey_kernel(const RcuProblem m) {
+__global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T>)
+    rcu_survey_kernel(const RcuProblem m) {
   using A = ComputeType<T>;
   SharedArena arena;
   const auto stage = arena.take<A>(stage_values);

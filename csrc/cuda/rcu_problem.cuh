@@ -32,6 +32,10 @@ constexpr int rcu_outputs_at_once = 8;  // sums that a thread keeps in registers
 constexpr int rcu_inputs_staged = 64;   // of a product: what of its weights lies in shared memory
 constexpr double rcu_log2e = 1.4426950408889634;
 
+// Blocks of a multiprocessor that must have registers enough: more would make them spill.
+template <typename T, bool many = false>
+constexpr int rcu_blocks = many || sizeof(T) == 8 ? 1 : 2;
+
 struct RcuProblem {
   const void *x, *residual, *grad_out, *grad_scores;
   const void *query_weight, *query_bias, *value_weight, *value_bias;
@@ -65,6 +69,9 @@ struct RcuPlan {
 
 // Means, ranges and tables of all patches, and in forward their scores (rcu_prepare.cu).
 void rcu_prepare(const RcuArguments& arguments, RcuProblem& problem, bool writes_scores);
+
+// Forward in one kernel, for small patches of one map channel; whether it fits (rcu_patch.cu).
+bool rcu_patch_forward(const RcuArguments& arguments, const RcuProblem& problem);
 
 // The gradient of the map: direct sums over the queries of a patch (rcu_map.cu). `grad_means`
 // [patches][inputs] is that of every patch's means, for one voxel.

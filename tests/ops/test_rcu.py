@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, LAYOUTS, assert_close, interpreted, runs_on
+from support import DTYPES, LAYOUTS, assert_close, runs_on, slow
 
 from grcsf_kernels import rcu, use_backend
 from grcsf_kernels.ops.rcu import WEIGHTS
@@ -127,7 +127,7 @@ shapes = st.one_of(
 def test_is_textbook_attention(
     backend, device, shape, whole, maps, map_channels, dtype, layout, seed
 ):
-    if interpreted(backend) and seed % 4:
+    if slow(backend) and seed % 4:
         return  # it is slow, and takes every fourth example
     space, patch = shape
     x, residual, heads, scores = make_textbook(

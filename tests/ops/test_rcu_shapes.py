@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, assert_close, interpreted, runs_on
+from support import DTYPES, LAYOUTS, assert_close, interpreted, runs_on, slow
 
 from grcsf_kernels import rcu, use_backend
 from grcsf_kernels.ops.rcu import WEIGHTS
@@ -43,7 +43,7 @@ LARGE = {
     "large_patches_with_small_edges": ((9, 10, 21), (9, 10, 16), (16, 2, 1, 1)),
     "rows_longer_than_a_chunk": ((2, 1500), None, (6, 1, 1, 1)),
 }
-# The interpreter takes as long for a small patch as for a large one: fewer of them, one sample.
+# Slow backends: fewer patches (the interpreter takes as long for a small one), one sample.
 FEWER_PATCHES = {
     "edges_of_odd_widths": (7, 5, 8),
     "a_different_patch_on_each_axis": (4, 8, 17),
@@ -55,7 +55,10 @@ FEWER_PATCHES = {
     "rows_of_one_voxel": (6, 4, 1),
     "patches_of_one_voxel": (2, 1, 3),
     "several_chunks": (9, 8, 17),
+    "several_chunks_and_map_channels": (7, 6, 8),
     "few_channels": (10, 9, 11),
+    "many_channels": (5, 8, 7),
+    "sixteen_map_channels": (4, 5, 6),
     "rows_longer_than_a_chunk": (2, 600),
 }
 
@@ -63,9 +66,9 @@ FEWER_PATCHES = {
 def case(name, backend, dtype, device, layout="contiguous"):
     """Arguments and patch size of a shape."""
     space, patch, sizes = (SMALL | LARGE)[name]
-    slow = interpreted(backend)
-    space = FEWER_PATCHES.get(name, space) if slow else space
-    batch = 1 if slow else 2
+    fewer = slow(backend)
+    space = FEWER_PATCHES.get(name, space) if fewer else space
+    batch = 1 if fewer else 2
     return make(space, sizes, dtype, device, batch=batch, layout=layout), patch
 
 
@@ -127,9 +130,9 @@ def check(backend, arguments, patch, dtype, needs=NAMES):
 
 
 def on_every_layout(*dtypes):
-    """Every backend, dtype and layout; the interpreter with each dtype in one layout of its own.
+    """Every backend, dtype and layout; slow ones with each dtype in one layout of its own.
 
-    It leaves out float64, which takes direct sums alone: gradcheck and test_contract.py have it.
+    The interpreter leaves out float64, which takes direct sums alone: gradcheck and test_contract.py have it.
     """
     layouts = ("contiguous", "channels_last")
     return pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def on_every_layout(*dtypes):
             for backend, device in RUNS
             for i, dtype in enumerate(dtypes)
             if not (interpreted(backend) and dtype == torch.float64)
-            for layout in ([layouts[i]] if interpreted(backend) else layouts)
+            for layout in ([layouts[i]] if slow(backend) else layouts)
         ],
     )
 
@@ -171,7 +174,7 @@ def test_a_frozen_map_changes_no_other_gradient(backend, device, name):
 @on_every_backend
 def test_global_attention_over_a_volume(backend, device):
     """24^3 voxels of 32 channels in one patch: the attention matrix has 191 million entries."""
-    space = (11, 12, 13) if interpreted(backend) else (24, 24, 24)
+    space = (11, 12, 13) if slow(backend) else (24, 24, 24)
     arguments = make(space, (32, 1, 1, 1), torch.float32, device, batch=1)
     check(backend, arguments, None, torch.float32)
 
@@ -180,7 +183,7 @@ def test_global_attention_over_a_volume(backend, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_patches_of_a_network(backend, device, dtype):
     """32 channels, 4 heads, 2 maps in patches of 8: the sizes the kernels are made for."""
-    space = (8, 8, 16) if interpreted(backend) else (16, 24, 24)
+    space = (8, 8, 16) if slow(backend) else (16, 24, 24)
     check(backend, make(space, (32, 4, 2, 1), dtype, device, batch=1), 8, dtype)
 
 

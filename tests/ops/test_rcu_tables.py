@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from support import assert_close, interpreted, runs_on
+from support import assert_close, runs_on, slow
 
 from grcsf_kernels import rcu, use_backend
 
@@ -19,11 +19,10 @@ RUNS = [run for run in runs_on("rcu") if run[0] != "reference"]
 
 
 def on(*spaces):
-    """Every backend, with each space; the interpreter, which is slow, with smaller ones."""
+    """Every backend, with each space; slow ones with smaller ones."""
     found = [
-        pytest.param(backend, device, SMALLER.get(space, space) if slow else space)
+        pytest.param(backend, device, SMALLER.get(space, space) if slow(backend) else space)
         for backend, device in RUNS
-        for slow in [interpreted(backend)]
         for space in spaces
     ]
     return pytest.mark.parametrize(("backend", "device", "space"), found)

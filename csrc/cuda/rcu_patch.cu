@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+// rcu on CUDA, forward, for what networks have: one map channel, up to 32 channels and eight
+// queries a voxel, patches of up to 512 voxels whose rows are vectors of 16 bytes.
+//
+// Tiling. A block takes one patch after the other, with as many threads as a patch has voxels. As
+// many lanes as a vector has voxels (eight in half precision, four in float32) share a vector: each
+// keeps some of its channels in registers from the first step to the last. Queries are sums over
+// these lanes, exchanged so that each owns one voxel, looks its expectations up and gives them to
+// the others. Ranges, score and tables are made in between, in shared memory.
+//
+// Bytes: x, the maps and out once each.
+// Hazards: every array in shared memory is written between two barriers and read after the second.
+#include "cuda/rcu_patch.cuh"
+
+namespace grcsf {
+namespace cuda {
+namespace {
+
+// What the block knows after the first barrier: this warp's sums and ranges.
+template <typename T>
+__device__ __forceinline__ void survey(const Space& space, const Share<T>& share, bool exists) {
+  const int lane = lane_index(), warp = warp_index();
+  const int channel = lane / share.groups * share.groups + share.group();
+  space.sums.set(warp * most_channels + channel, channel_sum(share));
+  float values[ranges];
+#pragma unroll
+  for (int n = 0; n < lines; ++n) {
+    constexpr float none = __builtin_huge_valf();
+    values[n] = exists ? share.a[n] : none;
+    values[lines + n] = exists ? -share.a[n] : none;
+  }
+  const float found = warp_scatter(values, Least());
+  if (lane % 2 == 0) space.extremes.set(warp * ranges + lane / 2, found);
+}
+
+// The plan of a map by one warp, and its mean.
+template <typename T>
+__device__ __forceinline__ void plan_map(const RcuProblem& m, const Space& space, const Box& box,
+                                         int map) {
+  const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
+  constexpr float none = __builtin_huge_valf();
+  float low_r = none, high_r = none, sum = 0;
+  for (int v = lane; v < box.voxels; v += warp_size) {
+    const float r = space.residual.get(map * box.voxels + v);
+    low_r = least(low_r, r);
+    high_r = least(high_r, -r);
+    sum += r;
+  }
+  float low = none, high = none;
+  for (int i = lane; i < warps * m.heads; i += warp_size) {
+    const int at = i / m.heads * ranges + map * m.heads + i % m.heads;
+    low = least(low, space.extremes.get(at));
+    high = least(high, space.extremes.get(at + lines));
+  }
+  const float mean = warp_sum(sum) / static_cast<float>(box.voxels);
+  const auto plan = plan_of<T, float>(warp_least(low), -warp_least(high), warp_least(low_r),
+                                      -warp_least(high_r), mean, most_nodes<T>);
+  if (lane != 0) return;
+  space.averages.set(m.channels + map, mean);
+  space.plans.set(map, plan);
+}
+
+__device__ __forceinline__ void average_channels(const RcuProblem& m, const Space& space,
+                                                 const Box& box) {
+  const int c = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
+  float sum = 0;
+  for (int warp = 0; warp < warps; ++warp) sum += space.sums.get(warp * most_channels + c);
+  if (c < m.channels) space.averages.set(c, sum / static_cast<float>(box.voxels));
+}
+
+// The score of a patch, by one warp.
+__device__ __forceinline__ void find_score(const RcuProblem& m, const Space& space, const Box& box,
+                                           std::int64_t patch) {
+  const float* weight1 = weights_at<float>(m.weight1);
+  float logit = 0;
+  for (int unit = lane_index(); unit < m.hidden; unit += warp_size) {
+    float sum = weights_at<float>(m.bias1)[std::int64_t(box.sample) * m.hidden + unit];
+#pragma unroll 4
+    for (int input = 0; input < m.inputs; ++input) {
+      sum += weight1[unit * m.inputs + input] * space.averages.get(input);
+    }
+    // Not a maximum, which would drop a NaN.
+    logit += (sum <= 0 ? 0.0f : sum) * weights_at<float>(m.weight2)[unit];
+  }
+  logit = warp_sum(logit) + weights_at<float>(m.bias2)[0];
+  const float score = 1.0f / (1.0f + exp2_fast(-logit * static_cast<float>(rcu_log2e)));
+  if (lane_index() != 0) return;
+  space.score.set(0, score);
+  static_cast<float*>(m.scores)[patch] = score;
+}
+
+// The tables of all maps; warps take groups of four nodes in turn.
+template <typename T>
+__device__ __forceinline__ void make_tables(const RcuProblem& m, const Space& space, int voxels) {
+  const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
+  int item = warp_index();  // of all groups of nodes that are still to come
+  for (int map = 0; map < m.maps; ++map) {
+    const RcuPlan<float> plan = space.plans.get(map);
+    const int count = plan.nodes / nodes_at_once;
+    for (; item < count; item += warps) {
+      Moments<float> moments(plan, item * nodes_at_once);
+      for (int v = lane; v < voxels; v += warp_size) {
+        moments.add(space.residual.get(map * voxels + v));
+      }
+      float values[nodes_at_once * rcu_table_fields];
+#pragma unroll
+      for (int i = 0; i < nodes_at_once * rcu_table_fields; ++i) {
+        values[i] = moments.sums[i / rcu_table_fields][i % rcu_table_fields];
+      }
+      // Two lanes a value, eight a node.
+      const float own = warp_scatter(values, Add());
+      const int first = lane / 8 * 8;
+      Pack<float, rcu_table_fields> sums = {};
+      sums[0] = shuffle_from(own, first);
+      sums[1] = shuffle_from(own, first + 2);
+      sums[2] = shuffle_from(own, first + 4);
+      if (lane % 8 != 0) continue;
+      const auto found = cumulants(sums, plan.center);
+      const int node = map * most_nodes<T> + item * nodes_at_once + lane / 8;
+      space.tables.template set_pack<fields>(node * fields,
+                                             Pack<float, fields>{{found[0], found[1]}});
+    }
+    item -= count;
+  }
+}
+
+// E as a sum over the voxels, where there is no table.
+__device__ __forceinline__ float sum_directly(const Space& space, const RcuPlan<float>& plan,
+                                              int map, int voxels, float a) {
+  const int begin = map * voxels;
+  const float about = space.residual.get(begin), rate = a * static_cast<float>(rcu_log2e);
+  const float top = greatest(rate * (plan.least - about), rate * (plan.greatest - about));
+  float total = 0, mean = 0;
+  // Sums of sums: many equal weights that are added one by one lose digits.
+  for (int first = 0; first < voxels; first += warp_size) {
+    float part = 0, part_mean = 0;
+    for (int v = first; v < least(first + warp_size, voxels); ++v) {
+      const float u = space.residual.get(begin + v) - about;
+      const float weight = exp2_fast(rate * u - top);
+      part += weight;
+      part_mean += weight * u;
+    }
+    total += part;
+    mean += part_mean;
+  }
+  return about + mean / total;
+}
+
+// Queries become expectations.
+template <typename T>
+__device__ __forceinline__ void look_up(const RcuProblem& m, const Space& space, int voxels,
+                                        Share<T>& share) {
+#pragma unroll
+  for (int n = 0; n < lines; ++n) {
+    if (n >= m.lines) {
+      share.a[n] = 0;
+      continue;
+    }
+    sync_warp();  // so that no plan is loaded far ahead
+    const int map = n / m.heads;
+    const RcuPlan<float> plan = space.plans.get(map);
+    if (plan.nodes == 0) {
+      share.a[n] = sum_directly(space, plan, map, voxels, share.a[n]);
+      continue;
+    }
+    const auto table = space.tables.from(map * most_nodes<T> * fields);
+    const Interval<float> at(plan, share.a[n]);
+    const auto left = table.template get_pack<fields>(at.node * fields);
+    const auto right = table.template get_pack<fields>((at.node + 1) * fields);
+    share.a[n] = hermite(left[0], right[0], left[1] * plan.step, right[1] * plan.step, at.fraction);
+  }
+}
+
+// x becomes x + score * y, two voxels at a time: more of them would not fit the registers.
+template <typename T>
+__device__ __forceinline__ void add_values(const Space& space, Share<T>& share) {
+  const int first = lane_index() - share.group();
+  const float score = space.score.get(0);
+#pragma unroll
+  for (int voxel = 0; voxel < share.groups; voxel += 2) {
+    float expected[2][lines];
+#pragma unroll
+    for (int n = 0; n < lines; ++n) {
+      expected[0][n] = shuffle_from(share.a[n], first + voxel);
+      expected[1][n] = shuffle_from(share.a[n], first + voxel + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < share.channels; ++i) {
+      if (i % share.ahead == 0) sync_warp();  // so that no weights are loaded far ahead
+      const int c = i * share.groups + share.group();
+      const float bias = space.value_bias.get(c);
+      float sums[2] = {bias, bias};
+#pragma unroll
+      for (int n = 0; n < lines; n += 4) {
+        const auto weight = space.value_weight.template get_pack<4>(weight_at(c, n));
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          sums[0] += expected[0][n + k] * weight[k];
+          sums[1] += expected[1][n + k] * weight[k];
+        }
+      }
+      Words<T>& own = share.x[i];
+      own.set_pair(voxel, own.get(voxel) + score * sums[0], own.get(voxel + 1) + score * sums[1]);
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(most_threads, 1)
+    rcu_patch_kernel(const RcuProblem m, const int voxels) {
+  constexpr int N = full_pack<T>;
+  const Space space(m, voxels, most_nodes<T>);
+  const int vector = static_cast<int>(threadIdx.x) / N, group = lane_index() % N;
+  const int warp = warp_index(), warps = static_cast<int>(blockDim.x) / warp_size;
+  stage_weights(m, space);
+  for (std::int64_t patch = blockIdx.x; patch < m.patches; patch += gridDim.x) {
+    const Box box = box_of(m, patch);
+    const bool exists = vector * N < box.voxels;
+    const std::int64_t at = place_of(m, box, exists ? vector * N : 0).x + group * m.stride_c;
+    const T* x = static_cast<const T*>(m.x) + at;
+    Share<T> share;
+#pragma unroll
+    for (int i = 0; i < share.channels; ++i) {
+      const bool there = exists && i * N + group < m.channels;
+      share.x[i] = there ? load_words_once(x + i * N * m.stride_c) : Words<T>{};
+    }
+    load_maps<T>(m, box, space);
+    sync_block();  // weights and maps
+    find_queries(space, share);
+    survey(space, share, exists);
+    sync_block();
+    for (int map = warp; map < m.maps; map += warps) plan_map<T>(m, space, box, map);
+    if (warp == warps - 1) average_channels(m, space, box);
+    sync_block();
+    if (warp == 0) find_score(m, space, box, patch);
+    make_tables<T>(m, space, box.voxels);
+    sync_block();
+    look_up(m, space, box.voxels, share);
+    share.renew();
+    add_values(space, share);
+    T* out = static_cast<T*>(m.out) + at;
+#pragma unroll
+    for (int i = 0; i < share.channels; ++i) {
+      const bool there = exists && i * N + group < m.channels;
+      if (there) store_words_once(out + i * N * m.stride_c, share.x[i]);
+    }
+    sync_block();  // maps, plans and tables are free again
+  }
+}
+
+template <typename T>
+bool patch_forward(const RcuArguments& arguments, const RcuProblem& m) {
+  constexpr int N = full_pack<T>;
+  const int voxels = m.patch_d * m.patch_h * m.patch_w;
+  const int threads = static_cast<int>(blocks_for(voxels, warp_size)) * warp_size;
+  const bool fits = m.map_channels == 1 && m.channels <= most_channels && m.lines <= lines &&
+                    m.stride_w == 1 && m.patch_w % N == 0 && m.width % N == 0 &&
+                    threads <= most_threads;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(m.x) % 16 == 0 &&
+                       reinterpret_cast<std::uintptr_t>(m.out) % 16 == 0 &&
+                       reinterpret_cast<std::uintptr_t>(m.residual) % 16 == 0;
+  if (!fits || !aligned) return false;
+  const Queue queue("rcu", arguments.x, arguments.cuda.stream);
+  constexpr int blocks_each = 8;  // of a multiprocessor: they stage the weights once each
+  queue.launch("rcu_patch", rcu_patch_kernel<T>,
+               least<std::int64_t>(m.patches, queue.multiprocessors() * blocks_each), threads,
+               space_bytes(m, voxels, most_nodes<T>), m, voxels);
+  return true;
+}
+
+}  // namespace
+
+bool rcu_patch_forward(const RcuArguments& arguments, const RcuProblem& problem) {
+  bool done = false;
+  for_dtype(arguments.x.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, double>) done = patch_forward<T>(arguments, problem);
+  });
+  return done;
+}
+
+}  // namespace cuda
+}  // namespace grcsf

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// rcu on CUDA, a patch a block (rcu_patch.cu): what lies in shared memory, what a thread keeps in
+// registers, and the queries of its voxel.
+//
+// Hazards: the exchanges are by all lanes of a warp, those without a voxel too.
+#pragma once
+
+#include "cuda/rcu_table.cuh"
+
+namespace grcsf {
+namespace cuda {
+namespace {
+
+constexpr int most_channels = 32;
+constexpr int lines = rcu_outputs_at_once;  // at most
+constexpr int most_threads = 512, most_warps = most_threads / warp_size;
+constexpr int fields = 2;  // of a node: mean and variance
+constexpr int ranges = 2 * lines;
+
+template <typename T>
+constexpr int most_nodes = sizeof(T) == 2 ? 64 : 128;
+
+// Joins 2 * kept values a lane with those of the lane at `distance`, and goes on with the half that
+// this lane keeps: at the end one value a lane is left.
+template <int kept, typename Join>
+__device__ __forceinline__ void halve(float* values, int distance, Join join) {
+  if constexpr (kept > 0) {
+    const bool upper = (lane_index() & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < kept; ++i) {
+      const float given = upper ? values[i] : values[i + kept];
+      const float own = upper ? values[i + kept] : values[i];
+      values[i] = join(own, shuffle_xor(given, distance));
+    }
+    halve<kept / 2>(values, distance / 2, join);
+  }
+}
+
+// 16 values a lane over the warp: lanes 2 i and 2 i + 1 end with that of value i.
+template <typename Join>
+__device__ __forceinline__ float warp_scatter(float* values, Join join) {
+  halve<8>(values, warp_size / 2, join);
+  return join(values[0], shuffle_xor(values[0], 1));
+}
+
+struct Add {
+  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+struct Least {
+  __device__ __forceinline__ float operator()(float a, float b) const { return least(a, b); }
+};
+
+// The block's shared memory.
+struct Space {
+  Shared<float> query_weight, value_weight;  // [lines / 4][channels][4]
+  Shared<float> query_bias, value_bias;      // [lines], [channels], summed over maps
+  Shared<float> residual;                    // [maps][voxels]
+  Shared<float> sums;                        // [warps][channels]
+  Shared<float> extremes;                    // [warps][lines]: least, and least of -a
+  Shared<float> averages, score;             // [inputs], of the patch
+  Shared<RcuPlan<float>> plans;              // [maps]
+  Shared<float> tables;                      // [maps][most_nodes][fields]
+
+  __device__ __forceinline__ Space(const RcuProblem& m, int voxels, int nodes) {
+    SharedArena arena;
+    query_weight = arena.take<float>(most_channels * lines);
+    value_weight = arena.take<float>(most_channels * lines);
+    query_bias = arena.take<float>(lines);
+    value_bias = arena.take<float>(most_channels);
+    residual = arena.take<float>(m.maps * voxels);
+    sums = arena.take<float>(most_warps * most_channels);
+    extremes = arena.take<float>(most_warps * ranges);
+    averages = arena.take<float>(m.inputs);
+    score = arena.take<float>(1);
+    plans = arena.take<RcuPlan<float>>(m.maps);
+    tables = arena.take<float>(m.maps * nodes * fields);
+  }
+};
+
+inline std::size_t space_bytes(const RcuProblem& m, int voxels, int nodes) {
+  return 2 * shared_bytes<float>(most_channels * lines) + shared_bytes<float>(lines) +
+         shared_bytes<float>(most_channels) + shared_bytes<float>(m.maps * voxels) +
+         shared_bytes<float>(most_warps * most_channels) +
+         shared_bytes<float>(most_warps * ranges) + shared_bytes<float>(m.inputs) +
+         shared_bytes<float>(1) + shared_bytes<RcuPlan<float>>(m.maps) +
+         shared_bytes<float>(m.maps * nodes * fields);
+}
+
+// Where the weights of four lines of a channel lie: lanes with neighbouring channels read
+// neighbouring vectors, from different banks.
+__device__ __forceinline__ int weight_at(int channel, int line) {
+  return (line / 4 * most_channels + channel) * 4;
+}
+
+__device__ __forceinline__ void stage_weights(const RcuProblem& m, const Space& space) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  for (int i = thread; i < most_channels * lines; i += threads) {
+    const int c = i / lines, line = i % lines;
+    const bool there = c < m.channels && line < m.lines;
+    const auto value = [&](auto of_values, const void* weights) {
+      return there ? weights_at<float>(weights)[weight_place<of_values.value>(m, line, c)] : 0.0f;
+    };
+    const int at = weight_at(c, line) + line % 4;
+    space.query_weight.set(at, value(std::false_type(), m.query_weight));
+    space.value_weight.set(at, value(std::true_type(), m.value_weight));
+  }
+  for (int line = thread; line < lines; line += threads) {
+    space.query_bias.set(line, line < m.lines ? weights_at<float>(m.query_bias)[line] : 0.0f);
+  }
+  for (int c = thread; c < most_channels; c += threads) {
+    float sum = 0;
+    for (int map = 0; c < m.channels && map < m.maps; ++map) {
+      sum += weights_at<float>(m.value_bias)[map * m.channels + c];
+    }
+    space.value_bias.set(c, sum);
+  }
+}
+
+// The residual voxels of a patch as floats.
+template <typename T>
+__device__ __forceinline__ void load_maps(const RcuProblem& m, const Box& box, const Space& space) {
+  constexpr int N = full_pack<T>;
+  const int vectors = box.voxels / N;
+  for (int i = static_cast<int>(threadIdx.x); i < m.maps * vectors;
+       i += static_cast<int>(blockDim.x)) {
+    const int map = i / vectors, voxel = i % vectors * N;
+    const auto pack = load_once<T, N>(static_cast<const T*>(m.residual) + map * m.volume +
+                                      place_of(m, box, voxel).map);
+#pragma unroll
+    for (int j = 0; j < N; j += 4) {
+      Pack<float, 4> wide;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wide[k] = widened(pack[j + k]);
+      space.residual.template set_pack<4>(map * box.voxels + voxel + j, wide);
+    }
+  }
+}
+
+// A thread's part of a patch: channels group, group + groups, ... of a vector of voxels.
+template <typename T>
+struct Share {
+  static constexpr int groups = full_pack<T>, channels = most_channels / groups;
+  static constexpr int ahead = groups / 2;  // channels whose weights are loaded at the same time
+  Words<T> x[channels];
+  float a[lines];  // of the voxel that this lane owns: queries, then expectations
+
+  __device__ __forceinline__ int group() const { return lane_index() % groups; }
+  __device__ __forceinline__ void renew() {
+#pragma unroll
+    for (int i = 0; i < channels; ++i) x[i].renew();
+  }
+};
+
+// Sums over the voxels of the warp: lane l has that of channel l / groups * groups + group.
+template <typename T>
+__device__ __forceinline__ float channel_sum(const Share<T>& share) {
+  float own[share.channels];
+#pragma unroll
+  for (int i = 0; i < share.channels; ++i) {
+    own[i] = 0;
+#pragma unroll
+    for (int j = 0; j < share.groups; ++j) own[i] += share.x[i].get(j);
+  }
+  // Over the lanes of this group.
+  halve<share.channels / 2>(own, warp_size / 2, Add());
+  return own[0];
+}
+
+// Queries of `count` voxels of the vector from `first` on: sums over `count` neighbouring lanes,
+// each of which gets those of one voxel. Two voxels at a time: the sums of more do not fit the
+// registers.
+template <int count, typename T>
+__device__ __forceinline__ void collect_queries(const Space& space, Share<T>& share, int first,
+                                                float* found) {
+  float other[lines] = {};
+  if constexpr (count > 2) {
+    collect_queries<count / 2>(space, share, first, found);
+    collect_queries<count / 2>(space, share, first + count / 2, other);
+  } else {
+#pragma unroll
+    for (int n = 0; n < lines; ++n) found[n] = 0;
+#pragma unroll
+    for (int i = 0; i < share.channels; ++i) {
+      if (i % share.ahead == 0) sync_warp();  // so that no weights are loaded far ahead, or kept
+      const float low = share.x[i].get(first), high = share.x[i].get(first + 1);
+#pragma unroll
+      for (int n = 0; n < lines; n += 4) {
+        const auto weight =
+            space.query_weight.template get_pack<4>(weight_at(i * share.groups + share.group(), n));
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          found[n + k] += low * weight[k];
+          other[n + k] += high * weight[k];
+        }
+      }
+    }
+  }
+  const bool upper = (lane_index() & count / 2) != 0;
+#pragma unroll
+  for (int n = 0; n < lines; ++n) {
+    const float own = upper ? other[n] : found[n], given = upper ? found[n] : other[n];
+    found[n] = own + shuffle_xor(given, count / 2);
+  }
+}
+
+// Queries of the voxel that this lane owns: number `group` of its vector.
+template <typename T>
+__device__ __forceinline__ void find_queries(const Space& space, Share<T>& share) {
+  collect_queries<share.groups>(space, share, 0, share.a);
+#pragma unroll
+  for (int n = 0; n < lines; ++n) share.a[n] += space.query_bias.get(n);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace grcsf
