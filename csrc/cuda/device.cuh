@@ -242,12 +242,6 @@ struct Words {
 };
 
 template <typename T>
-__device__ __forceinline__ Words<T> load_words_once(const T* from) {
-  const auto pack = load_once<unsigned, 4>(reinterpret_cast<const unsigned*>(from));
-  return {{pack[0], pack[1], pack[2], pack[3]}};
-}
-
-template <typename T>
 __device__ __forceinline__ void store_words_once(T* to, const Words<T>& from) {
   store_once(reinterpret_cast<unsigned*>(to),
              Pack<unsigned, 4>{{from.words[0], from.words[1], from.words[2], from.words[3]}});

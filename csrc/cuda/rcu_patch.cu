@@ -6,7 +6,8 @@
 // many lanes as a vector has voxels (eight in half precision, four in float32) share a vector: each
 // keeps some of its channels in registers from the first step to the last. Queries are sums over
 // these lanes, exchanged so that each owns one voxel, looks its expectations up and gives them to
-// the others. Ranges, score and tables are made in between, in shared memory.
+// the others. Ranges, score and tables are made in between, in shared memory. Meanwhile what the
+// block needs of its next patch is on its way to shared memory, each thread's own part.
 //
 // Bytes: x, the maps and out once each.
 // Hazards: every array in shared memory is written between two barriers and read after the second.
@@ -184,9 +185,9 @@ __device__ __forceinline__ void add_values(const Space& space, Share<T>& share) 
       expected[0][n] = shuffle_from(share.a[n], first + voxel);
       expected[1][n] = shuffle_from(share.a[n], first + voxel + 1);
     }
+    sync_warp();  // so that no weights are kept from one pair of voxels for the next
 #pragma unroll
     for (int i = 0; i < share.channels; ++i) {
-      if (i % share.ahead == 0) sync_warp();  // so that no weights are loaded far ahead
       const int c = i * share.groups + share.group();
       const float bias = space.value_bias.get(c);
       float sums[2] = {bias, bias};
@@ -209,23 +210,18 @@ template <typename T>
 __global__ void __launch_bounds__(most_threads, 1)
     rcu_patch_kernel(const RcuProblem m, const int voxels) {
   constexpr int N = full_pack<T>;
-  const Space space(m, voxels, most_nodes<T>);
-  const int vector = static_cast<int>(threadIdx.x) / N, group = lane_index() % N;
+  const Space space(m, voxels, most_nodes<T>, sizeof(T));
   const int warp = warp_index(), warps = static_cast<int>(blockDim.x) / warp_size;
+  const int voxel = static_cast<int>(threadIdx.x) / N * N;
+  fetch<T>(m, space, blockIdx.x);
   stage_weights(m, space);
   for (std::int64_t patch = blockIdx.x; patch < m.patches; patch += gridDim.x) {
     const Box box = box_of(m, patch);
-    const bool exists = vector * N < box.voxels;
-    const std::int64_t at = place_of(m, box, exists ? vector * N : 0).x + group * m.stride_c;
-    const T* x = static_cast<const T*>(m.x) + at;
+    const bool exists = voxel < box.voxels;
     Share<T> share;
-#pragma unroll
-    for (int i = 0; i < share.channels; ++i) {
-      const bool there = exists && i * N + group < m.channels;
-      share.x[i] = there ? load_words_once(x + i * N * m.stride_c) : Words<T>{};
-    }
-    load_maps<T>(m, box, space);
+    take_fetched(m, box, space, share);
     sync_block();  // weights and maps
+    fetch<T>(m, space, patch + gridDim.x);
     find_queries(space, share);
     survey(space, share, exists);
     sync_block();
@@ -235,14 +231,14 @@ __global__ void __launch_bounds__(most_threads, 1)
     if (warp == 0) find_score(m, space, box, patch);
     make_tables<T>(m, space, box.voxels);
     sync_block();
-    look_up(m, space, box.voxels, share);
     share.renew();
+    look_up(m, space, box.voxels, share);
     add_values(space, share);
-    T* out = static_cast<T*>(m.out) + at;
+    T* out = static_cast<T*>(m.out) + place_of(m, box, exists ? voxel : 0).x;
 #pragma unroll
     for (int i = 0; i < share.channels; ++i) {
-      const bool there = exists && i * N + group < m.channels;
-      if (there) store_words_once(out + i * N * m.stride_c, share.x[i]);
+      const int c = i * N + share.group();
+      if (exists && c < m.channels) store_words_once(out + c * m.stride_c, share.x[i]);
     }
     sync_block();  // maps, plans and tables are free again
   }
@@ -252,19 +248,19 @@ template <typename T>
 bool patch_forward(const RcuArguments& arguments, const RcuProblem& m) {
   constexpr int N = full_pack<T>;
   const int voxels = m.patch_d * m.patch_h * m.patch_w;
-  const int threads = static_cast<int>(blocks_for(voxels, warp_size)) * warp_size;
   const bool fits = m.map_channels == 1 && m.channels <= most_channels && m.lines <= lines &&
                     m.stride_w == 1 && m.patch_w % N == 0 && m.width % N == 0 &&
-                    threads <= most_threads;
+                    voxels <= most_threads;
   const bool aligned = reinterpret_cast<std::uintptr_t>(m.x) % 16 == 0 &&
                        reinterpret_cast<std::uintptr_t>(m.out) % 16 == 0 &&
                        reinterpret_cast<std::uintptr_t>(m.residual) % 16 == 0;
   if (!fits || !aligned) return false;
+  const int threads = static_cast<int>(blocks_for(voxels, warp_size)) * warp_size;
   const Queue queue("rcu", arguments.x, arguments.cuda.stream);
-  constexpr int blocks_each = 8;  // of a multiprocessor: they stage the weights once each
-  queue.launch("rcu_patch", rcu_patch_kernel<T>,
-               least<std::int64_t>(m.patches, queue.multiprocessors() * blocks_each), threads,
-               space_bytes(m, voxels, most_nodes<T>), m, voxels);
+  // As many blocks as fit their registers: each fetches a patch while it works on the one before.
+  const std::int64_t blocks = std::int64_t(queue.multiprocessors()) * (most_threads / threads);
+  queue.launch("rcu_patch", rcu_patch_kernel<T>, least(m.patches, blocks), threads,
+               space_bytes(m, voxels, most_nodes<T>, sizeof(T), threads), m, voxels);
   return true;
 }
 

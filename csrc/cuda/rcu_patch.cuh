@@ -16,6 +16,7 @@ constexpr int lines = rcu_outputs_at_once;  // at most
 constexpr int most_threads = 512, most_warps = most_threads / warp_size;
 constexpr int fields = 2;  // of a node: mean and variance
 constexpr int ranges = 2 * lines;
+constexpr int word_bytes = 4, vector_words = 4;
 
 template <typename T>
 constexpr int most_nodes = sizeof(T) == 2 ? 64 : 128;
@@ -54,6 +55,7 @@ struct Least {
 struct Space {
   Shared<float> query_weight, value_weight;  // [lines / 4][channels][4]
   Shared<float> query_bias, value_bias;      // [lines], [channels], summed over maps
+  Shared<unsigned> next_x, next_maps;        // of the next patch, as they lie in memory
   Shared<float> residual;                    // [maps][voxels]
   Shared<float> sums;                        // [warps][channels]
   Shared<float> extremes;                    // [warps][lines]: least, and least of -a
@@ -61,12 +63,15 @@ struct Space {
   Shared<RcuPlan<float>> plans;              // [maps]
   Shared<float> tables;                      // [maps][most_nodes][fields]
 
-  __device__ __forceinline__ Space(const RcuProblem& m, int voxels, int nodes) {
+  __device__ __forceinline__ Space(const RcuProblem& m, int voxels, int nodes, int bytes) {
+    const int words = most_channels * bytes / word_bytes;  // of x that a thread keeps
     SharedArena arena;
     query_weight = arena.take<float>(most_channels * lines);
     value_weight = arena.take<float>(most_channels * lines);
     query_bias = arena.take<float>(lines);
     value_bias = arena.take<float>(most_channels);
+    next_x = arena.take<unsigned>(static_cast<int>(blockDim.x) * words);
+    next_maps = arena.take<unsigned>(m.maps * voxels * bytes / word_bytes);
     residual = arena.take<float>(m.maps * voxels);
     sums = arena.take<float>(most_warps * most_channels);
     extremes = arena.take<float>(most_warps * ranges);
@@ -77,8 +82,11 @@ struct Space {
   }
 };
 
-inline std::size_t space_bytes(const RcuProblem& m, int voxels, int nodes) {
-  return 2 * shared_bytes<float>(most_channels * lines) + shared_bytes<float>(lines) +
+inline std::size_t space_bytes(const RcuProblem& m, int voxels, int nodes, int bytes, int threads) {
+  const int words = most_channels * bytes / word_bytes;
+  return shared_bytes<unsigned>(threads * words) +
+         shared_bytes<unsigned>(m.maps * voxels * bytes / word_bytes) +
+         2 * shared_bytes<float>(most_channels * lines) + shared_bytes<float>(lines) +
          shared_bytes<float>(most_channels) + shared_bytes<float>(m.maps * voxels) +
          shared_bytes<float>(most_warps * most_channels) +
          shared_bytes<float>(most_warps * ranges) + shared_bytes<float>(m.inputs) +
@@ -94,6 +102,7 @@ __device__ __forceinline__ int weight_at(int channel, int line) {
 
 __device__ __forceinline__ void stage_weights(const RcuProblem& m, const Space& space) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+#pragma unroll 1
   for (int i = thread; i < most_channels * lines; i += threads) {
     const int c = i / lines, line = i % lines;
     const bool there = c < m.channels && line < m.lines;
@@ -116,31 +125,10 @@ __device__ __forceinline__ void stage_weights(const RcuProblem& m, const Space& 
   }
 }
 
-// The residual voxels of a patch as floats.
-template <typename T>
-__device__ __forceinline__ void load_maps(const RcuProblem& m, const Box& box, const Space& space) {
-  constexpr int N = full_pack<T>;
-  const int vectors = box.voxels / N;
-  for (int i = static_cast<int>(threadIdx.x); i < m.maps * vectors;
-       i += static_cast<int>(blockDim.x)) {
-    const int map = i / vectors, voxel = i % vectors * N;
-    const auto pack = load_once<T, N>(static_cast<const T*>(m.residual) + map * m.volume +
-                                      place_of(m, box, voxel).map);
-#pragma unroll
-    for (int j = 0; j < N; j += 4) {
-      Pack<float, 4> wide;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) wide[k] = widened(pack[j + k]);
-      space.residual.template set_pack<4>(map * box.voxels + voxel + j, wide);
-    }
-  }
-}
-
 // A thread's part of a patch: channels group, group + groups, ... of a vector of voxels.
 template <typename T>
 struct Share {
   static constexpr int groups = full_pack<T>, channels = most_channels / groups;
-  static constexpr int ahead = groups / 2;  // channels whose weights are loaded at the same time
   Words<T> x[channels];
   float a[lines];  // of the voxel that this lane owns: queries, then expectations
 
@@ -150,6 +138,67 @@ struct Share {
     for (int i = 0; i < channels; ++i) x[i].renew();
   }
 };
+
+// Starts the copies of this thread's part of a patch, x and maps, if there is such a patch.
+template <typename T>
+__device__ __forceinline__ void fetch(const RcuProblem& m, const Space& space, std::int64_t patch) {
+  constexpr int N = full_pack<T>;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (patch < m.patches) {
+    const Box box = box_of(m, patch);
+    const int voxel = thread / N * N, group = thread % N, vectors = box.voxels / N;
+    if (voxel < box.voxels) {
+      const T* x = static_cast<const T*>(m.x) + place_of(m, box, voxel).x;
+#pragma unroll 1
+      for (int i = 0; i < Share<T>::channels; ++i) {
+        const int c = i * N + group;
+        if (c >= m.channels) continue;
+        copy_async<vector_words>(space.next_x, (i * threads + thread) * vector_words,
+                                 reinterpret_cast<const unsigned*>(x + c * m.stride_c));
+      }
+    }
+#pragma unroll 1
+    for (int i = thread; i < m.maps * vectors; i += threads) {
+      const T* from = static_cast<const T*>(m.residual) + i / vectors * m.volume +
+                      place_of(m, box, i % vectors * N).map;
+      copy_async<vector_words>(space.next_maps, i * vector_words,
+                               reinterpret_cast<const unsigned*>(from));
+    }
+  }
+  commit_copies();
+}
+
+template <typename T>
+__device__ __forceinline__ Words<T> words_at(const Shared<unsigned>& from, int vector) {
+  const auto pack = from.template get_pack<vector_words>(vector * vector_words);
+  return {{pack[0], pack[1], pack[2], pack[3]}};
+}
+
+// What this thread has fetched: x to registers, the residual voxels to shared memory as floats.
+template <typename T>
+__device__ __forceinline__ void take_fetched(const RcuProblem& m, const Box& box,
+                                             const Space& space, Share<T>& share) {
+  constexpr int N = full_pack<T>;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const bool exists = thread / N * N < box.voxels;
+  wait_copies<0>();
+  const int vectors = box.voxels / N;
+#pragma unroll 1
+  for (int i = thread; i < m.maps * vectors; i += threads) {
+    const auto words = words_at<T>(space.next_maps, i);
+#pragma unroll
+    for (int j = 0; j < N; j += 4) {
+      const Pack<float, 4> wide{
+          {words.get(j), words.get(j + 1), words.get(j + 2), words.get(j + 3)}};
+      space.residual.template set_pack<4>(i * N + j, wide);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < share.channels; ++i) {
+    const bool there = exists && i * N + share.group() < m.channels;
+    share.x[i] = there ? words_at<T>(space.next_x, i * threads + thread) : Words<T>{};
+  }
+}
 
 // Sums over the voxels of the warp: lane l has that of channel l / groups * groups + group.
 template <typename T>
@@ -181,7 +230,7 @@ __device__ __forceinline__ void collect_queries(const Space& space, Share<T>& sh
     for (int n = 0; n < lines; ++n) found[n] = 0;
 #pragma unroll
     for (int i = 0; i < share.channels; ++i) {
-      if (i % share.ahead == 0) sync_warp();  // so that no weights are loaded far ahead, or kept
+      if (i % 4 == 0) sync_warp();  // so that no weights are loaded far ahead, or kept
       const float low = share.x[i].get(first), high = share.x[i].get(first + 1);
 #pragma unroll
       for (int n = 0; n < lines; n += 4) {
