@@ -16,11 +16,8 @@ namespace grcsf {
 namespace cuda {
 namespace {
 
-#ifdef GRCSF_EMULATED
-constexpr std::int64_t kept_bytes = 1 << 16;
-#else
-constexpr std::int64_t kept_bytes = std::int64_t(64) << 20;
-#endif
+// Of queries that are kept.
+inline std::int64_t kept_bytes() { return from_size(64 << 20, 64 << 10); }
 constexpr int values_staged = 2048;
 
 // The patches of one launch. A query has [heads of all maps][2 * key_lines + 2]: a in units of
@@ -179,7 +176,7 @@ void map_gradient(const RcuArguments& arguments, const RcuProblem& m, const void
   const std::int64_t of_patch = voxels * m.maps * m.heads * part.size;
   const std::int64_t at_once = least(
       m.patches,
-      greatest<std::int64_t>(1, kept_bytes / static_cast<std::int64_t>(sizeof(A)) / of_patch));
+      greatest<std::int64_t>(1, kept_bytes() / static_cast<std::int64_t>(sizeof(A)) / of_patch));
   part.kept = arguments.cuda.take<A>(at_once * of_patch);
   const auto keep = many ? rcu_keep_kernel<T, true> : rcu_keep_kernel<T, false>;
   const auto map = many ? rcu_map_kernel<T, true> : rcu_map_kernel<T, false>;

@@ -135,6 +135,7 @@ __device__ __forceinline__ float sum_directly(const Space& space, const RcuPlan<
   // Sums of sums: many equal weights that are added one by one lose digits.
   for (int first = 0; first < voxels; first += warp_size) {
     float part = 0, part_mean = 0;
+#pragma unroll 1
     for (int v = first; v < least(first + warp_size, voxels); ++v) {
       const float u = space.residual.get(begin + v) - about;
       const float weight = exp2_fast(rate * u - top);

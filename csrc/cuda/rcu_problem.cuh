@@ -16,16 +16,8 @@
 namespace grcsf {
 namespace cuda {
 
-#ifdef GRCSF_EMULATED
-// Small, so that small volumes reach every path.
-constexpr int rcu_most_threads = 64, rcu_most_pieces = 3;
-constexpr int rcu_small_patch = 256, rcu_split_voxels = 128;
-#else
-constexpr int rcu_most_threads = 256, rcu_most_pieces = 512;
-constexpr int rcu_small_patch = 4096;   // voxels; larger patches have larger tables
-constexpr int rcu_split_voxels = 8192;  // of a patch that one block takes for a group of nodes
-#endif
-constexpr int rcu_least_voxels = 16;  // of a patch that has tables: below, a sum is cheaper
+constexpr int rcu_most_threads = 256;  // of a block
+constexpr int rcu_least_voxels = 16;   // of a patch that has tables: below, a sum is cheaper
 constexpr int rcu_most_splits = 64;
 constexpr int rcu_table_fields = 4;     // of a node: mean, variance, third cumulant, 0
 constexpr int rcu_outputs_at_once = 8;  // sums that a thread keeps in registers
@@ -79,6 +71,13 @@ void rcu_map_gradient(const RcuArguments& arguments, const RcuProblem& problem,
                       const void* grad_means);
 
 namespace {
+
+inline std::int64_t rcu_threads() { return from_size(rcu_most_threads, 64); }
+inline std::int64_t rcu_pieces() { return from_size(512, 3); }
+// Voxels; larger patches have larger tables.
+inline std::int64_t rcu_small_patch() { return from_size(4096, 256); }
+// Of a patch that one block takes for a group of nodes.
+inline std::int64_t rcu_split_voxels() { return from_size(8192, 128); }
 
 // ---- Geometry ----------------------------------------------------------------------------------
 
@@ -205,9 +204,9 @@ inline RcuProblem rcu_problem(const RcuArguments& arguments, const Queue& queue)
 
   const std::int64_t warps = blocks_for(voxels, warp_size);
   m.threads =
-      static_cast<int>(least<std::int64_t>(rcu_most_threads, (warps == 3 ? 4 : warps) * warp_size));
+      static_cast<int>(least<std::int64_t>(rcu_threads(), (warps == 3 ? 4 : warps) * warp_size));
   const std::int64_t tiles = blocks_for(voxels, m.threads);
-  m.tiles = static_cast<int>(blocks_for(tiles, rcu_most_pieces));
+  m.tiles = static_cast<int>(blocks_for(tiles, rcu_pieces()));
   m.pieces = static_cast<int>(blocks_for(tiles, m.tiles));
   m.units = m.patches * m.pieces;
   constexpr int threads_at_once = 1024;  // of a multiprocessor
@@ -217,11 +216,11 @@ inline RcuProblem rcu_problem(const RcuArguments& arguments, const Queue& queue)
   const bool half = x.dtype == DType::bfloat16 || x.dtype == DType::float16;
   if (m.map_channels == 1 && x.dtype != DType::float64 && voxels >= rcu_least_voxels) {
     constexpr int of_large = 1024, of_half = 64, of_float = 128;
-    const int limit = voxels > rcu_small_patch ? of_large : (half ? of_half : of_float);
+    const int limit = voxels > rcu_small_patch() ? of_large : (half ? of_half : of_float);
     m.most_nodes = static_cast<int>(least<std::int64_t>(limit, voxels / 8 * 4));
   }
-  m.splits =
-      static_cast<int>(least<std::int64_t>(rcu_most_splits, blocks_for(voxels, rcu_split_voxels)));
+  m.splits = static_cast<int>(
+      least<std::int64_t>(rcu_most_splits, blocks_for(voxels, rcu_split_voxels())));
   const int pack = m.map_channels == 1 ? 1 : (x.dtype == DType::float64 ? 2 : 4);
   m.key_lines = static_cast<int>(blocks_for(m.map_channels, pack)) * pack;
   constexpr int keys_at_most = 128, values_of_tile = 2048, keys_at_least = 8;
