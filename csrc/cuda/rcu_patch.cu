@@ -135,7 +135,6 @@ __device__ __forceinline__ float sum_directly(const Space& space, const RcuPlan<
   // Sums of sums: many equal weights that are added one by one lose digits.
   for (int first = 0; first < voxels; first += warp_size) {
     float part = 0, part_mean = 0;
-#pragma unroll 1
     for (int v = first; v < least(first + warp_size, voxels); ++v) {
       const float u = space.residual.get(begin + v) - about;
       const float weight = exp2_fast(rate * u - top);
@@ -235,7 +234,9 @@ __global__ void __launch_bounds__(most_threads, 1)
     share.renew();
     look_up(m, space, box.voxels, share);
     add_values(space, share);
-    T* out = static_cast<T*>(m.out) + place_of(m, box, exists ? voxel : 0).x;
+    // Found again: kept since the beginning it would take registers that spill in float32.
+    const Box own = box_of(m, opaque(patch));
+    T* out = static_cast<T*>(m.out) + place_of(m, own, exists ? voxel : 0).x;
 #pragma unroll
     for (int i = 0; i < share.channels; ++i) {
       const int c = i * N + share.group();

@@ -70,13 +70,14 @@ struct Space {
     value_weight = arena.take<float>(most_channels * lines);
     query_bias = arena.take<float>(lines);
     value_bias = arena.take<float>(most_channels);
+    // What has a constant size comes first: its place takes no register.
+    sums = arena.take<float>(most_warps * most_channels);
+    extremes = arena.take<float>(most_warps * ranges);
+    score = arena.take<float>(1);
     next_x = arena.take<unsigned>(static_cast<int>(blockDim.x) * words);
     next_maps = arena.take<unsigned>(m.maps * voxels * bytes / word_bytes);
     residual = arena.take<float>(m.maps * voxels);
-    sums = arena.take<float>(most_warps * most_channels);
-    extremes = arena.take<float>(most_warps * ranges);
     averages = arena.take<float>(m.inputs);
-    score = arena.take<float>(1);
     plans = arena.take<RcuPlan<float>>(m.maps);
     tables = arena.take<float>(m.maps * nodes * fields);
   }
