@@ -15,7 +15,10 @@ grcsf::emulation::Index threadIdx, blockIdx, blockDim, gridDim;
 namespace grcsf::emulation {
 namespace {
 
-constexpr int warp_size = 32, most_threads = 1024, multiprocessors = 3;
+constexpr int warp_size = 32, most_threads = 1024;
+// Few, so that small tests have blocks that take several patches; where launches are only noted,
+// those of an H100.
+constexpr int multiprocessors = 3, noted_multiprocessors = 132;
 constexpr std::size_t most_shared = 227 << 10;
 
 cudaError_t last_error = cudaSuccess;
@@ -407,7 +410,8 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = grcsf::emulation::multiprocessors;
+  using namespace grcsf::emulation;
+  *value = only_noting() ? noted_multiprocessors : multiprocessors;
   return cudaSuccess;
 }
 

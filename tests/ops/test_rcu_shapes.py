@@ -132,7 +132,8 @@ def check(backend, arguments, patch, dtype, needs=NAMES):
 def on_every_layout(*dtypes):
     """Every backend, dtype and layout; slow ones with each dtype in one layout of its own.
 
-    The interpreter leaves out float64, which takes direct sums alone: gradcheck and test_contract.py have it.
+    The interpreter leaves out float64, which takes direct sums alone: gradcheck and
+    test_contract.py have it.
     """
     layouts = ("contiguous", "channels_last")
     return pytest.mark.parametrize(
