@@ -249,7 +249,9 @@ void prepare(const RcuArguments& arguments, RcuProblem& m, bool writes_scores) {
   if (tables > 0) {
     m.plans = cuda.take<RcuPlan<A>>(tables);
     m.tables = cuda.take<A>(tables * m.most_nodes * rcu_table_fields);
-    m.parts = cuda.take<A>(tables * m.splits * m.most_nodes * rcu_table_fields);
+    // Of one split: the table itself, since a thread that finishes a node reads it first.
+    m.parts = m.splits == 1 ? m.tables
+                            : cuda.take<A>(tables * m.splits * m.most_nodes * rcu_table_fields);
   }
   const std::size_t shared =
       shared_bytes<A>(stage_values) + shared_bytes<A>(m.threads / warp_size * 2 * m.maps);
