@@ -99,6 +99,15 @@ def test_an_explicit_choice_never_falls_back():
             example(operator)()
 
 
+def test_the_emulation_is_for_tests_alone():
+    assert dispatch.EMULATED not in grcsf_kernels.backends()
+    with (
+        pytest.raises(RuntimeError, match=r"'cuda-emulated' can't run here: .*\(make emulate\)"),
+        grcsf_kernels.use_backend(dispatch.EMULATED),
+    ):
+        pass
+
+
 def test_a_backend_is_for_its_own_device():
     assert "runs on cpu tensors, and these are on cuda" in dispatch.why_not(
         "cpu", "residual_map", "cuda"
