@@ -108,9 +108,8 @@ def most_registers(found: Iterable[Resources]) -> dict[tuple[str, int], int]:
 
 
 def compiler() -> str:
-    """The version of CUDA that the module was built with: ``13.0``."""
-    runtime = native.library().cuda_info()["runtime"]
-    return f"{runtime // 1000}.{runtime % 1000 // 10}"
+    """The version of nvcc that the module was built with: ``13.0.88``."""
+    return native.library().cuda_info()["compiler"]
 
 
 def _row(cells: Iterable[object]) -> str:

@@ -40,6 +40,7 @@ py::object cuda_info() {
   py::dict found;
   found["runtime"] = info.runtime;
   found["driver"] = info.driver;
+  found["compiler"] = info.compiler;
   found["architectures"] = info.architectures;
   found["problem"] = info.problem;
   found["devices"] = devices;

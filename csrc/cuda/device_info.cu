@@ -7,6 +7,7 @@ namespace grcsf::cuda {
 
 Info info() {
   Info found;
+  found.compiler = GRCSF_CUDA_COMPILER;
   found.architectures = GRCSF_CUDA_ARCHITECTURES;
   cudaRuntimeGetVersion(&found.runtime);
   cudaDriverGetVersion(&found.driver);

@@ -15,6 +15,7 @@ struct DeviceInfo {
 struct Info {
   int runtime = 0;            // as CUDA counts: 13000 is 13.0
   int driver = 0;             // 0 without a driver
+  std::string compiler;       // the version of nvcc: 13.0.88
   std::string architectures;  // what the kernels were compiled for
   std::string problem;        // why no device can be used, or empty
   std::vector<DeviceInfo> devices;

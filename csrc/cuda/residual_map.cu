@@ -369,6 +369,14 @@ bool aligned(const Map& m) {
   return true;
 }
 
+// Values of a vector. Of what nobody trains with (float64, float16 images with bfloat16
+// predictions) there are kernels for single values alone: vectors would take a quarter of this
+// file's compilation.
+template <typename T, typename P>
+constexpr int vector_values =
+    sizeof(T) == 8 || (std::is_same_v<T, float16> && std::is_same_v<P, bfloat16>) ? 1
+                                                                                  : full_pack<T>;
+
 template <typename T, typename P>
 struct Run {
   using A = ComputeType<T>;
@@ -376,7 +384,7 @@ struct Run {
   static void forward(const ResidualMapArguments& arguments) {
     const Map m = map_of(arguments);
     const auto kernel = fits_packs<T>(m) && aligned(m)
-                            ? residual_map_forward_kernel<T, P, full_pack<T>>
+                            ? residual_map_forward_kernel<T, P, vector_values<T, P>>
                             : residual_map_forward_kernel<T, P, 1>;
     const Queue queue("residual_map", arguments.image, arguments.cuda.stream);
     queue.launch("residual_map_forward", kernel, blocks_of(m), block_threads,
@@ -389,7 +397,7 @@ struct Run {
     const std::size_t sums = shared_bytes<A>(block_threads / warp_size);
     m.kept = m.normalized && kept + sums <= kept_bytes();
     const auto kernel = fits_packs<T>(m) && aligned(m)
-                            ? residual_map_backward_kernel<T, P, full_pack<T>>
+                            ? residual_map_backward_kernel<T, P, vector_values<T, P>>
                             : residual_map_backward_kernel<T, P, 1>;
     const Queue queue("residual_map", arguments.image, arguments.cuda.stream);
     queue.launch("residual_map_backward", kernel, blocks_of(m), block_threads,
