@@ -185,11 +185,10 @@ def evidence() -> tuple[dict[str, Any], ...]:
 
 
 def _faster_on_triton(operator: str, data: Tensor) -> bool:
-    voxels, dtype = data.shape[2:].numel(), str(data.dtype).removeprefix("torch.")
     return any(
         row["operator"] == operator
-        and row["dtype"] == dtype
-        and row["voxels"][0] <= voxels < row["voxels"][1]
+        and row["dtype"] == str(data.dtype).removeprefix("torch.")
+        and row["voxels"][0] <= data.shape[2:].numel() < row["voxels"][1]
         for row in evidence()
     )
 
