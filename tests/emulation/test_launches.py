@@ -61,8 +61,12 @@ def noted(call: Call) -> list[dict[str, object]]:
     return list(found.values())
 
 
-def test_launches_are_those_of_the_page():
-    launches = [launch for call in calls() for launch in noted(call)]
+@pytest.fixture(scope="module")
+def launches() -> list[dict[str, object]]:
+    return [launch for call in calls() for launch in noted(call)]
+
+
+def test_launches_are_those_of_the_page(launches):
     if "GRCSF_LAUNCHES" in os.environ:
         Path(os.environ["GRCSF_LAUNCHES"]).write_text(json.dumps(launches, indent=1))
         return
@@ -73,7 +77,6 @@ def test_launches_are_those_of_the_page():
         assert row in page, "write docs/kernels.md anew: see benchmarks/cuda_kernels.py"
 
 
-def test_shared_memory_fits_every_card():
-    for call in calls():
-        for launch in noted(call):
-            assert launch["shared"] <= _SHARED, launch
+def test_shared_memory_fits_every_card(launches):
+    for launch in launches:
+        assert launch["shared"] <= _SHARED, launch
