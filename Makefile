@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The version that is tested. Any torch >= 2.6 works: make test TORCH=torch
 TORCH ?= torch==2.13.0
+# Processes that tests run in; each takes up to 3 GB.
+JOBS ?= 2
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc python tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -14,8 +16,9 @@ SOURCES := $(shell find csrc python tests/emulation -name '*.h' -o -name '*.cpp'
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
 
+# Threads that wait for others must not spin: there are more of them than cores.
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # The CPU kernels under address and undefined, or with SANITIZER=thread: about 15 minutes on two
 # cores. The quick form is what guards main.
@@ -54,6 +57,9 @@ $(VENV)/.installed: $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[demo,test,dev]"
+# Without what they say they need: timm, for networks that no test uses, would bring a torchvision
+# and with it another torch.
+	$(BIN)/pip install --quiet --no-deps "nnunetv2>=2.6" dynamic-network-architectures
 	touch $@
 
 clean:
