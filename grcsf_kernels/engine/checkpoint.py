@@ -11,7 +11,7 @@ import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +23,10 @@ from grcsf_kernels.engine.config import DataConfig, from_dict, to_dict
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.models import GRCSF, MaskedAutoencoder
+from grcsf_kernels.models.pretrained import Pretrained
 
-_KINDS = {"GRCSF": GRCSF, "MaskedAutoencoder": MaskedAutoencoder}
+_KINDS: dict[str, type[Pretrained]] = {"GRCSF": GRCSF, "MaskedAutoencoder": MaskedAutoencoder}
+Model = TypeVar("Model", bound=Pretrained)
 
 
 @dataclass
@@ -35,22 +37,38 @@ class Checkpoint:
         model: in evaluation mode, on the CPU.
         data: the preprocessing that it was trained with.
         crop_size: voxels of its training crops.
+        maps: what made the residual maps that it was trained with (:func:`describe_maps`); None
+            where that is not known.
     """
 
     model: nn.Module
     data: DataConfig
     crop_size: tuple[int, int, int]
+    maps: dict[str, Any] | None = None
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, data: DataConfig, crop_size: tuple[int, int, int]
+    path: Path,
+    model: nn.Module,
+    data: DataConfig | None,
+    crop_size: tuple[int, ...] | None,
+    maps: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a model file, whole."""
+    """Write a model file, whole.
+
+    Args:
+        path: the file.
+        model: a GRCSF or a MaskedAutoencoder.
+        data: the preprocessing that it was trained with; None: not known.
+        crop_size: voxels of its training crops; None: not known.
+        maps: what made its residual maps, from :func:`read_maps`.
+    """
     description = {
-        "kind": type(model).__name__,
+        "kind": next(c.__name__ for c in type(model).__mro__ if c.__name__ in _KINDS),
         "config": model.config,
-        "data": to_dict(data),
-        "crop_size": list(crop_size),
+        "data": None if data is None else to_dict(data),
+        "crop_size": None if crop_size is None else list(crop_size),
+        "maps": maps,
         "version": __version__,
     }
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
@@ -59,16 +77,38 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, kind: str) -> Checkpoint:
-    """Read a model file.
+    """Read a model file with all that is needed to run it on volumes.
 
     Args:
         path: the file.
         kind: ``"GRCSF"`` or ``"MaskedAutoencoder"``.
 
     Raises:
+        InputError: as for :func:`load_model`; a file without preprocessing or crop size.
+    """
+    model = load_model(path, _KINDS[kind])
+    data, size = model.preprocessing, model.crop_size
+    if data is None or size is None or len(size) != 3:
+        raise InputError(
+            path,
+            "has no preprocessing or no crop size of three axes",
+            "give them to save_pretrained, or train with grcsf",
+        )
+    return Checkpoint(model, data, (size[0], size[1], size[2]), model.residual_maps)
+
+
+def load_model(path: Path, cls: type[Model]) -> Model:
+    """Read a model file: the module in evaluation mode, with its preprocessing as attributes.
+
+    Args:
+        path: the file.
+        cls: ``GRCSF``, ``MaskedAutoencoder`` or a subclass.
+
+    Raises:
         InputError: no such file, no model file of this library, truncated, of another kind, or
             with weights that do not fit its configuration.
     """
+    kind = next(c.__name__ for c in cls.__mro__ if c.__name__ in _KINDS)
     path = Path(path)
     if not path.is_file():
         raise InputError(path, "does not exist", "check the path")
@@ -95,10 +135,13 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
             "segmentation models come from grcsf train, autoencoders from grcsf pretrain",
         )
     try:
-        model = _KINDS[kind](**description["config"])
+        model = cls(**description["config"])
         model.load_state_dict(weights)
-        data = from_dict(DataConfig, description["data"], str(path))
-        first, second, third = (int(size) for size in description["crop_size"])
+        data, size = description.get("data"), description.get("crop_size")
+        model.preprocessing = None if data is None else from_dict(DataConfig, data, str(path))
+        model.crop_size = None if size is None else tuple(int(voxels) for voxels in size)
+        maps = description.get("maps")  # not in files of earlier versions
+        model.residual_maps = None if maps is None else dict(maps)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         problem = " ".join(str(error).split())[:160]
         raise InputError(
@@ -106,7 +149,7 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
             f"has weights or settings of another architecture ({problem})",
             f"use a file of grcsf-kernels {__version__}, or train again",
         ) from error
-    return Checkpoint(model.eval(), data, (first, second, third))
+    return model.eval()
 
 
 def save_state(path: Path, state: dict[str, Any]) -> Path:

@@ -25,6 +25,9 @@ class DataConfig:
     spacing: tuple[float, float, float] | None = None  # mm; null keeps each image's own
     intensity: str = "zscore"  # zscore: over voxels that are not 0; window: clip, then to [0, 1]
     window: tuple[float, float] = (-200.0, 800.0)  # Hounsfield units, for intensity: window
+    channel_windows: tuple[tuple[float, float], ...] = ()  # one for each channel, before window
+    crop_foreground: bool = False  # leave out the air around: not 0, or above the window's low end
+    bids_suffixes: tuple[str, ...] = ("T1w",)  # of BIDS images, one for each channel
 
 
 @dataclass
@@ -74,6 +77,7 @@ class OptimizationConfig:
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 0
     cache_gb: float = 8.0  # of cases kept in memory; the rest are read again when needed
+    cache_dir: str | None = None  # folder for preprocessed cases; null: preprocessed in every run
 
 
 @dataclass
@@ -99,16 +103,47 @@ class ResidualsConfig:
 
 
 @dataclass
+class AugmentationConfig:
+    """What grcsf train does to crops at random, each with its own probability (0: never).
+
+    Rotation and scaling move image, label and residual maps together; the rest changes the image
+    alone, in units of its normalized intensities.
+    """
+
+    enabled: bool = True  # false: mirroring alone
+    affine_probability: float = 0.2
+    rotation: tuple[float, float, float] = (30.0, 30.0, 30.0)  # degrees, about each axis
+    scaling: tuple[float, float] = (0.8, 1.25)  # of the size of what is seen, each axis on its own
+    noise_probability: float = 0.1
+    noise: float = 0.1  # largest standard deviation
+    blur_probability: float = 0.15
+    blur: tuple[float, float] = (0.5, 1.0)  # voxels, standard deviation
+    brightness_probability: float = 0.15
+    brightness: float = 0.25  # factors from 1 - 0.25 to 1 + 0.25
+    contrast_probability: float = 0.15
+    contrast: float = 0.25  # the same, about the mean
+    gamma_probability: float = 0.2
+    gamma: tuple[float, float] = (0.7, 1.5)  # exponents, between the image's own extremes
+    low_resolution_probability: float = 0.15
+    low_resolution: tuple[float, float] = (0.5, 1.0)  # of the resolution
+
+
+@dataclass
 class TrainConfig:
     """grcsf train."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     crop_size: Triple = (96, 96, 96)  # voxels; smaller volumes are padded
     mirror_axes: tuple[int, ...] = (0, 1, 2)  # mirrored at random; 0: left and right only
     foreground: float = 0.67  # share of crops that are centered on a lesion voxel
-    validation_fraction: float = 0.1  # of the cases; 0: none, the last epoch is kept
+    lesion_labels: tuple[int, ...] | None = None  # label values merged to the lesion; null: 1
+    validation_fraction: float = 0.1  # of the subjects; 0: none, the last epoch is kept
+    folds: int = 0  # of cross-validation, before validation_fraction; 0: none
+    fold: int = 0  # which of the folds, or of the splits in splits_file, validates
+    splits_file: str | None = None  # nnU-Net's splits_final.json, before folds
     validation_every: int = 10  # epochs
 
 
@@ -181,7 +216,13 @@ _POSITIVE = (
     *("epochs", "steps_per_epoch", "batch_size", "learning_rate", "clip_norm", "patch_size"),
     *("crop_size", "spacing", "validation_every", "draws"),
 )
-_SHARES = ("foreground", "validation_fraction", "overlap", "threshold", "mask_ratios")
+_SHARES = (
+    *("foreground", "validation_fraction", "overlap", "threshold", "mask_ratios"),
+    *("brightness", "contrast"),
+)
+_FROM_ZERO = (*("cache_gb", "weight_decay", "warmup_epochs", "rotation", "noise", "folds", "fold"),)
+_RANGES = ("scaling", "gamma", "blur", "low_resolution")
+_MAY_BE_EMPTY = ("rcu_levels", "channel_windows")
 
 
 def check(config: Any, where: str = "") -> None:
@@ -196,20 +237,30 @@ def check(config: Any, where: str = "") -> None:
             check(value, f"{name}.")
             continue
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        if value == () and entry.name != "rcu_levels":
+        if value == () and entry.name not in _MAY_BE_EMPTY:
             raise InputError(name, "is an empty list", "expected at least one value")
         if entry.name in _POSITIVE and any(number <= 0 for number in numbers):
             raise InputError(name, f"is {value}", "expected above 0")
-        if entry.name in _SHARES and any(not 0 <= number <= 1 for number in numbers):
+        share = entry.name in _SHARES or entry.name.endswith("_probability")
+        if share and any(not 0 <= number <= 1 for number in numbers):
             raise InputError(name, f"is {value}", "expected from 0 to 1")
         if entry.name in ("overlap", "validation_fraction") and value >= 1:
             raise InputError(name, f"is {value}", "expected below 1")
         if entry.name in ("threshold", "mask_ratios") and any(n in (0, 1) for n in numbers):
             raise InputError(name, f"is {value}", "expected between 0 and 1")
-        if entry.name in ("cache_gb", "weight_decay", "warmup_epochs") and value < 0:
+        if entry.name in _FROM_ZERO and any(number < 0 for number in numbers):
             raise InputError(name, f"is {value}", "expected 0 or more")
-        if entry.name == "window" and not value[0] < value[1]:
+        windows = {"window": (value,), "channel_windows": value}.get(entry.name, ())
+        if any(not low < high for low, high in windows):
             raise InputError(name, f"is {value}", "expected the lower bound first")
+        if entry.name in _RANGES and not 0 < value[0] <= value[1]:
+            raise InputError(name, f"is {value}", "expected two values above 0, the lower first")
+        if entry.name == "low_resolution" and value[1] > 1:
+            raise InputError(name, f"is {value}", "expected at most 1")
+        if entry.name == "folds" and value == 1:
+            raise InputError(name, "is 1", "expected 0 or at least 2")
+        if entry.name == "folds" and value and not config.fold < value:
+            raise InputError(f"{where}fold", f"is {config.fold}", f"expected below folds, {value}")
 
 
 def load_config(cls: type[Config], path: Path) -> Config:

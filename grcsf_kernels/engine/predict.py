@@ -11,10 +11,18 @@ import torch
 
 from grcsf_kernels.engine.checkpoint import load_checkpoint
 from grcsf_kernels.engine.config import PredictConfig, check
-from grcsf_kernels.engine.data import Case, Preprocessing, check_size, find_cases, load_sample
+from grcsf_kernels.engine.data import (
+    Case,
+    Preprocessing,
+    check_channels,
+    check_size,
+    find_cases,
+    load_sample,
+)
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import make_fabric
-from grcsf_kernels.engine.report import Report, for_each
+from grcsf_kernels.engine.provenance import compare_maps, read_maps
+from grcsf_kernels.engine.report import Report, console, for_each
 from grcsf_kernels.engine.residuals import VolumeMaps
 from grcsf_kernels.engine.train import predict_logits
 from grcsf_kernels.engine.volumes import write_volume
@@ -69,6 +77,11 @@ def predict(
                 "was trained with other preprocessing than the segmentation model",
                 "use the autoencoders that its residual maps came from",
             )
+    if model.use_rcu:
+        where = autoencoders[0] if residuals is None else residuals
+        made_by = read_maps(where) if maps is None else maps.description
+        for note in compare_maps(loaded.maps, made_by, where):
+            console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     device = make_fabric(config.device).device
     model.to(device)
     preprocessing = Preprocessing(loaded.data)
@@ -77,6 +90,7 @@ def predict(
     def work(case: Case) -> Path:
         folder = residuals if model.use_rcu else None
         sample = load_sample(case, preprocessing, residuals=folder)
+        check_channels(sample, int(model.config["in_channels"]), "the model takes")  # type: ignore[call-overload]
         if maps is not None:
             check_size(sample, maps.patch, "the autoencoder's patch")
             sample.residual = maps(sample.image, case.name)
@@ -97,5 +111,6 @@ def predict(
         mask = (probability >= config.threshold).astype(np.uint8)
         return write_volume(Path(output) / f"{case.name}_mask.nii.gz", mask, sample.volume)
 
-    for_each(find_cases(images, report, labels=False), work, report, "segmenting")
+    cases = find_cases(images, report, labels=False, suffixes=loaded.data.bids_suffixes)
+    for_each(cases, work, report, "segmenting")
     return report

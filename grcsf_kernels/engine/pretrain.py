@@ -8,21 +8,22 @@ import json
 from pathlib import Path
 
 import torch
-from monai.transforms import Compose, RandSpatialCropd, SpatialPadd
 from rich.progress import track
 from torch import Tensor, nn
 
+from grcsf_kernels.engine.cache import CachedCases
 from grcsf_kernels.engine.checkpoint import save_checkpoint
 from grcsf_kernels.engine.config import PretrainConfig, check, save_config, to_dict
+from grcsf_kernels.engine.crops import Crops
 from grcsf_kernels.engine.data import (
     Case,
     Preprocessing,
     Sample,
     Samples,
+    check_channels,
     check_size,
     find_cases,
     load_sample,
-    mirrors,
 )
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import fit, seed_of
@@ -31,8 +32,8 @@ from grcsf_kernels.models import MaskedAutoencoder
 
 
 def autoencoder_path(output: Path, mask_ratio: float) -> Path:
-    """``mae_50.safetensors`` for a mask ratio of 0.5."""
-    return Path(output) / f"mae_{round(mask_ratio * 100)}.safetensors"
+    """``mae_50.safetensors`` for a mask ratio of 0.5, ``mae_62.5.safetensors`` for 0.625."""
+    return Path(output) / f"mae_{mask_ratio * 100:.6g}.safetensors"
 
 
 def pretrain(
@@ -65,7 +66,15 @@ def pretrain(
         )
     if config.crop_size == model_config.patch_size:
         raise InputError("crop_size", "is a single patch", "expected at least two patches")
+    names = [autoencoder_path(output, ratio).name for ratio in model_config.mask_ratios]
+    if len(set(names)) < len(names):
+        raise InputError(
+            "model.mask_ratios",
+            f"is {model_config.mask_ratios}",
+            "expected ratios that differ: each has a file of its own",
+        )
     samples = _load(data, config, report)
+    channels = samples[0].image.shape[0]
     save_config(config, Path(output) / "pretrain.yaml")
     paths = []
     for index, ratio in enumerate(model_config.mask_ratios):
@@ -73,7 +82,7 @@ def pretrain(
         seed = seed_of(config.optimization.seed, index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _build(config, ratio)
+            model = _build(config, ratio, channels)
         optimization = dataclasses.replace(config.optimization, seed=seed)
         crops = Crops(samples, config, seed)
 
@@ -105,12 +114,12 @@ def pretrain(
     return paths
 
 
-def _build(config: PretrainConfig, ratio: float) -> MaskedAutoencoder:
+def _build(config: PretrainConfig, ratio: float, channels: int) -> MaskedAutoencoder:
     model = config.model
     try:
         return MaskedAutoencoder(
             model.patch_size,
-            1,
+            channels,
             embed_dim=model.embed_dim,
             depth=model.depth,
             num_heads=model.num_heads,
@@ -127,16 +136,24 @@ def _build(config: PretrainConfig, ratio: float) -> MaskedAutoencoder:
 def _load(data: Path, config: PretrainConfig, report: Report) -> Samples:
     preprocessing = Preprocessing(config.data)
 
+    def read(case: Case) -> Sample:
+        return load_sample(case, preprocessing)
+
+    folder = config.optimization.cache_dir
+    cached = read if folder is None else CachedCases(read, Path(folder), to_dict(config.data))
+
     def load(case: Case) -> Sample:
-        sample = load_sample(case, preprocessing)
+        sample = cached(case)
         check_size(sample, config.model.patch_size, "the autoencoder's patch")
         return sample
 
     samples = Samples(load, config.optimization.cache_gb * 1e9)
-    cases = find_cases(data, report, labels=False)
+    cases = find_cases(data, report, labels=False, suffixes=config.data.bids_suffixes)
     for case in track(cases, "reading", console=console):
         try:
             sample = load(case)
+            channels = samples[0].image.shape[0] if samples else sample.image.shape[0]
+            check_channels(sample, channels, "the others have")
         except InputError as error:
             report.skip(case.image, str(error))
         else:
@@ -144,27 +161,3 @@ def _load(data: Path, config: PretrainConfig, report: Report) -> Samples:
     if not samples:
         raise InputError(data, "no image can be used", "see the reasons above")
     return samples
-
-
-class Crops:
-    """Batches of random crops: a function of (epoch, step) and the seed."""
-
-    def __init__(self, samples: Samples, config: PretrainConfig, seed: int) -> None:
-        self._samples, self._batch, self._seed = samples, config.optimization.batch_size, seed
-        keys = ["image"]
-        crop = RandSpatialCropd(keys, config.crop_size, random_size=False)
-        self._transform = Compose(
-            [SpatialPadd(keys, config.crop_size), crop, *mirrors(keys, config.mirror_axes)]
-        )
-
-    def __call__(self, epoch: int, step: int) -> tuple[Tensor, str]:
-        """Images [B, 1, *crop] and the names of their cases."""
-        seed = seed_of(self._seed, epoch, step, 0)
-        generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(len(self._samples), (self._batch,), generator=generator).tolist()
-        self._transform.set_random_state(seed=seed)
-        images = [
-            self._transform({"image": self._samples[i].image.as_tensor()})["image"] for i in picks
-        ]
-        stacked = torch.stack([torch.as_tensor(image).as_subclass(Tensor) for image in images])
-        return stacked, ", ".join(self._samples.names[i] for i in picks)

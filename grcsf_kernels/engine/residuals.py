@@ -16,9 +16,18 @@ from torch import Tensor
 
 from grcsf_kernels.engine.checkpoint import Checkpoint, load_checkpoint
 from grcsf_kernels.engine.config import ResidualsConfig, check
-from grcsf_kernels.engine.data import Case, Preprocessing, check_size, find_cases, load_sample
+from grcsf_kernels.engine.data import (
+    Case,
+    Preprocessing,
+    check_channels,
+    check_size,
+    find_cases,
+    load_sample,
+    residual_path,
+)
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import make_fabric, seed_of
+from grcsf_kernels.engine.provenance import describe_maps, save_maps
 from grcsf_kernels.engine.report import Report, for_each
 from grcsf_kernels.engine.volumes import write_volume
 from grcsf_kernels.models import MaskedAutoencoder
@@ -58,6 +67,8 @@ class VolumeMaps:
                 )
         self.data = first.data
         self.patch = _autoencoder(first).patch_size
+        self.channels = _autoencoder(first).in_channels
+        self.description = describe_maps([c.model for c in checkpoints], config)
         self._crop, self._config = first.crop_size, config
         try:
             self._maps = ResidualMaps(
@@ -81,7 +92,7 @@ class VolumeMaps:
                 raise ValueError(f"a crop has {patches} patches, and the masks need {need}")
 
     def __call__(self, image: MetaTensor, name: str) -> Tensor:
-        """Maps [K, *S] in [0, 1] of a preprocessed image [1, *S]; masks follow from the name."""
+        """Maps [K, *S] in [0, 1] of a preprocessed image [C, *S]; masks follow from the name."""
         seed = seed_of(self._config.seed, zlib.crc32(name.encode()))
         generator = torch.Generator().manual_seed(seed)
         raw = sliding_window_inference(
@@ -115,7 +126,7 @@ def cache_residuals(
         data: a folder of images, or one image.
         autoencoders: model files, one for each map.
         output: gets ``<case>_residual.nii.gz``: 4D float32, one map after the other, in the
-            image's own space.
+            image's own space; and ``residuals.json``, which says what made them.
         config: settings.
         report: takes what was done and skipped; None: a new one.
 
@@ -132,10 +143,13 @@ def cache_residuals(
 
     def work(case: Case) -> Path:
         sample = load_sample(case, preprocessing)
+        check_channels(sample, maps.channels, "the autoencoders take")
         check_size(sample, maps.patch, "the autoencoder's patch")
         restored = preprocessing.restore(maps(sample.image, case.name), sample.image)
-        path = Path(output) / f"{case.name}_residual.nii.gz"
+        path = residual_path(output, case)
         return write_volume(path, restored.astype(np.float32), sample.volume)
 
-    for_each(find_cases(data, report, labels=False), work, report, "residual maps")
+    cases = find_cases(data, report, labels=False, suffixes=maps.data.bids_suffixes)
+    save_maps(output, maps.description)
+    for_each(cases, work, report, "residual maps")
     return report

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,32 +11,29 @@ from pathlib import Path
 import torch
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceFocalLoss
-from monai.transforms import (
-    Compose,
-    RandCropByPosNegLabeld,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
-    RandSpatialCropd,
-    SpatialPadd,
-)
 from rich.progress import track
 from torch import Tensor, nn
 
+from grcsf_kernels.engine.cache import CachedCases
 from grcsf_kernels.engine.checkpoint import save_checkpoint
 from grcsf_kernels.engine.config import TrainConfig, check, save_config, to_dict
+from grcsf_kernels.engine.crops import LesionCrops
 from grcsf_kernels.engine.data import (
     Case,
     Preprocessing,
     Sample,
     Samples,
+    check_channels,
     find_cases,
     load_sample,
-    mirrors,
+    residual_path,
 )
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.loop import fit, seed_of
+from grcsf_kernels.engine.loop import fit
 from grcsf_kernels.engine.metrics import dice
+from grcsf_kernels.engine.provenance import read_maps
 from grcsf_kernels.engine.report import Report, console
+from grcsf_kernels.engine.splits import save_split, split
 from grcsf_kernels.models import GRCSF
 
 
@@ -53,7 +51,8 @@ def train(
 
     Args:
         data: a folder of images with labels; see :func:`grcsf_kernels.engine.data.find_cases`.
-        output: gets ``model.safetensors``, the settings, the training state and TensorBoard logs.
+        output: gets ``model.safetensors``, the settings, the split (``split.json``), the training
+            state and TensorBoard logs.
         config: settings.
         residuals: the folder of :func:`grcsf_kernels.engine.cache_residuals`; needed with
             ``model.use_rcu``.
@@ -71,15 +70,20 @@ def train(
         raise InputError(
             "residuals", "missing", "run grcsf residuals first, or set model.use_rcu to false"
         )
-    samples = _load(data, config, residuals if config.model.use_rcu else None, report)
-    training, validation = _split(samples, config)
-    residual = samples[0].residual
-    maps = 0 if residual is None else residual.shape[0]
+    residuals = residuals if config.model.use_rcu else None
+    samples = _load(data, config, residuals, report)
+    parts = split(samples.cases, config)
+    training, validation = (samples.subset(part) for part in parts)
+    first = samples[0]
+    channels = first.image.shape[0]
+    maps = 0 if first.residual is None else first.residual.shape[0]
+    made_by = None if residuals is None else read_maps(residuals)
     seed = config.optimization.seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(config, max(maps, 1))
+        model = build(config, max(maps, 1), channels)
     save_config(config, Path(output) / "train.yaml")
+    save_split(Path(output) / "split.json", samples.cases, parts)
     crops = LesionCrops(training, config, seed)
     # Dice over the batch as a whole: a crop without a lesion has none of its own.
     criterion = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
@@ -89,20 +93,20 @@ def train(
     def step(network: nn.Module, epoch: int, index: int) -> tuple[Tensor, str]:
         batch, names = crops(epoch, index)
         device = next(network.parameters()).device
-        image, label, residual = (part.to(device) for part in batch.split([1, 1, maps], dim=1))
+        image, label, residual = (part.to(device) for part in batch.split([channels, 1, maps], 1))
         logits = network(image, residual if maps else None)
         return criterion(logits.float(), label), names
 
     def epoch_done(network: nn.Module, epoch: int, loss: float, best: float) -> float:
         last = epoch + 1 == config.optimization.epochs
         if not validation:
-            save_checkpoint(path, network, config.data, config.crop_size)
+            save_checkpoint(path, network, config.data, config.crop_size, made_by)
             return best
         if last or (epoch + 1) % config.validation_every == 0:
             score = _validate(network, validation, config)
             log("validation dice", score, epoch)
             if score > best or not path.exists():
-                save_checkpoint(path, network, config.data, config.crop_size)
+                save_checkpoint(path, network, config.data, config.crop_size, made_by)
                 return score
         return best
 
@@ -119,12 +123,12 @@ def train(
     return path
 
 
-def build(config: TrainConfig, num_maps: int) -> GRCSF:
-    """The network of a configuration, with fresh weights."""
+def build(config: TrainConfig, num_maps: int, channels: int = 1) -> GRCSF:
+    """The network of a configuration for images of ``channels``, with fresh weights."""
     model = config.model
     try:
         return GRCSF(
-            1,
+            channels,
             1,
             num_maps=num_maps,
             channels=model.channels,
@@ -146,40 +150,52 @@ def build(config: TrainConfig, num_maps: int) -> GRCSF:
 def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Report) -> Samples:
     preprocessing = Preprocessing(config.data)
 
-    def load(case: Case) -> Sample:
-        return load_sample(case, preprocessing, labels=True, residuals=residuals)
+    def read(case: Case) -> Sample:
+        return load_sample(
+            case,
+            preprocessing,
+            labels=True,
+            residuals=residuals,
+            lesion_labels=config.lesion_labels,
+        )
 
+    load: Callable[[Case], Sample] = read
+    if config.optimization.cache_dir is not None:
+        load = CachedCases(
+            read,
+            Path(config.optimization.cache_dir),
+            [to_dict(config.data), config.lesion_labels],
+            None if residuals is None else functools.partial(residual_path, residuals),
+        )
     samples = Samples(load, config.optimization.cache_gb * 1e9)
-    expected: int | None = None
-    cases = find_cases(data, report, labels=True)
+    expected: tuple[int, int] | None = None
+    cases = find_cases(
+        data,
+        report,
+        labels=True,
+        suffixes=config.data.bids_suffixes,
+        lesion_labels=config.lesion_labels,
+    )
     for case in track(cases, "reading", console=console):
         try:
             sample = load(case)
+            maps = 0 if sample.residual is None else sample.residual.shape[0]
+            expected = (sample.image.shape[0], maps) if expected is None else expected
+            check_channels(sample, expected[0], "the others have")
         except InputError as error:
             report.skip(case.image, str(error))
             continue
-        if sample.residual is not None:
-            found = sample.residual.shape[0]
-            expected = found if expected is None else expected
-            if found != expected:
-                report.skip(
-                    case.image,
-                    f"{case.image}: has {found} residual maps and the others {expected}; "
-                    "run grcsf residuals on all cases again",
-                )
-                continue
+        if maps != expected[1]:
+            report.skip(
+                case.image,
+                f"{case.image}: has {maps} residual maps and the others {expected[1]}; "
+                "run grcsf residuals on all cases again",
+            )
+            continue
         samples.add(case, sample)
     if not samples:
         raise InputError(data, "no case can be used", "see the reasons above")
     return samples
-
-
-def _split(samples: Samples, config: TrainConfig) -> tuple[Samples, Samples]:
-    """Training and validation cases: a shuffle that follows from the seed."""
-    held = int(len(samples) * config.validation_fraction)
-    generator = torch.Generator().manual_seed(seed_of(config.optimization.seed, 1))
-    order = torch.randperm(len(samples), generator=generator).tolist()
-    return samples.subset(order[held:]), samples.subset(order[:held])
 
 
 @torch.no_grad()
@@ -202,12 +218,13 @@ def predict_logits(
     device: torch.device,
     overlap: float = 0.5,
 ) -> Tensor:
-    """Logits [1, *S] on the CPU of an image [1, *S] and maps [K, *S], in blended windows."""
+    """Logits [1, *S] on the CPU of an image [C, *S] and maps [K, *S], in blended windows."""
+    channels = image.shape[0]
     parts = [torch.as_tensor(image).as_subclass(Tensor)] + ([] if residual is None else [residual])
 
     def run(window: Tensor) -> Tensor:
-        maps = window[:, 1:] if residual is not None else None
-        return network(window[:, :1], maps).float()
+        maps = window[:, channels:] if residual is not None else None
+        return network(window[:, :channels], maps).float()
 
     logits = sliding_window_inference(
         torch.cat(parts)[None],
@@ -234,51 +251,3 @@ def _logger(output: Path) -> Callable[[str, float, int], None]:
         writer.flush()
 
     return log
-
-
-class LesionCrops:
-    """Batches of augmented crops, mostly around lesions: a function of (epoch, step) and the seed.
-
-    Image, label and residual maps go through the same spatial transforms.
-    """
-
-    def __init__(self, samples: Samples, config: TrainConfig, seed: int) -> None:
-        self._samples, self._batch, self._seed = samples, config.optimization.batch_size, seed
-        keys = ["image", "label"] + ([] if samples[0].residual is None else ["residual"])
-        self._keys = keys
-        self._transform = Compose(
-            [
-                SpatialPadd(keys, config.crop_size),
-                # Around the voxel first, then the crop anywhere in there: were the lesion always at
-                # the center, a network would learn the place and not the lesion.
-                RandCropByPosNegLabeld(
-                    keys,
-                    label_key="label",
-                    spatial_size=[size * 3 // 2 for size in config.crop_size],
-                    pos=config.foreground,
-                    neg=1 - config.foreground,
-                    num_samples=1,
-                    allow_smaller=True,
-                ),
-                RandSpatialCropd(keys, config.crop_size, random_size=False),
-                *mirrors(keys, config.mirror_axes),
-                RandScaleIntensityd(["image"], factors=0.1, prob=0.5),
-                RandShiftIntensityd(["image"], offsets=0.1, prob=0.5),
-            ]
-        )
-
-    def __call__(self, epoch: int, step: int) -> tuple[Tensor, str]:
-        """[B, 1 + 1 + K, *crop]: image, label, maps; and the names of the cases."""
-        seed = seed_of(self._seed, epoch, step, 2)
-        generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(len(self._samples), (self._batch,), generator=generator).tolist()
-        self._transform.set_random_state(seed=seed)
-        crops = []
-        for pick in picks:
-            sample = self._samples[pick]
-            parts = {key: torch.as_tensor(getattr(sample, key)) for key in self._keys}
-            (crop,) = self._transform({k: v.as_subclass(Tensor) for k, v in parts.items()})
-            crops.append(
-                torch.cat([torch.as_tensor(crop[key]).as_subclass(Tensor) for key in self._keys])
-            )
-        return torch.stack(crops), ", ".join(self._samples.names[i] for i in picks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ class Volume:
     """A volume as it is in its file.
 
     Attributes:
-        array: [X, Y, Z] float32, in the file's own orientation; [X, Y, Z, K] for residual maps.
+        array: [X, Y, Z] float32, in the file's own orientation; [X, Y, Z, K] for residual maps and
+            for images of several channels.
         affine: [4, 4], voxel indices to millimeters.
         header: the file's header.
         path: the file.
@@ -105,12 +107,42 @@ def read_volume(path: Path) -> Volume:
     return _read(path, 3)
 
 
+def read_image(paths: Sequence[Path]) -> Volume:
+    """Read the channels of an image, a file each; header and path are those of the first.
+
+    Returns:
+        The volume: [X, Y, Z], with more than one channel [X, Y, Z, C].
+
+    Raises:
+        InputError: as for :func:`read_volume`; channels of different shapes or affines.
+    """
+    first, *others = (read_volume(path) for path in paths)
+    for other in others:
+        _check_space(other.path, other, first)
+    if others:
+        first.array = np.stack([volume.array for volume in (first, *others)], axis=-1)
+    return first
+
+
+def read_geometry(path: Path) -> Volume:
+    """Affine and header of a file, without its voxels (the array is empty).
+
+    Raises:
+        InputError: no such file, or no NIfTI.
+    """
+    try:
+        image: Any = nib.load(path)
+    except (ImageFileError, EOFError, OSError, zlib.error) as error:
+        raise InputError(path, "can't be read", "copy or export it again") from error
+    return Volume(np.empty((0, 0, 0), np.float32), image.affine, image.header, Path(path))
+
+
 def _check_space(path: Path, found: Volume, image: Volume) -> None:
-    if found.array.shape[:3] != image.array.shape:
+    if found.array.shape[:3] != image.array.shape[:3]:
         raise InputError(
             path,
             f"has shape {found.array.shape[:3]}, and its image {image.path.name} has "
-            f"{image.array.shape}",
+            f"{image.array.shape[:3]}",
             "resample it to the image",
         )
     difference = np.abs(found.affine - image.affine).max()
@@ -123,20 +155,33 @@ def _check_space(path: Path, found: Volume, image: Volume) -> None:
         )
 
 
-def read_label(path: Path, image: Volume) -> Volume:
+def read_label(path: Path, image: Volume, lesion_labels: Sequence[int] | None = None) -> Volume:
     """Read the lesion mask of ``image``, 0 and 1.
 
+    Args:
+        path: the file.
+        image: whose lesions they are.
+        lesion_labels: the values that become 1, all others become 0; None: the file holds only 0
+            and 1.
+
     Raises:
-        InputError: as for :func:`read_volume`; labels other than 0 and 1; a shape or an affine
-            that differs from the image's.
+        InputError: as for :func:`read_volume`; labels other than 0 and 1 without
+            ``lesion_labels``, or that are no whole numbers; a shape or an affine that differs from
+            the image's.
     """
     label = _read(path, 3)
     values = np.unique(label.array)
-    if not np.isin(values, (0, 1)).all():
+    usable = np.isin(values, (0, 1)) if lesion_labels is None else values == np.rint(values)
+    if not usable.all():
         shown = ", ".join(f"{value:g}" for value in values[:6])
         raise InputError(
-            path, f"has labels {shown}", "expected 0 and 1 only: set the lesion to 1, the rest to 0"
+            path,
+            f"has labels {shown}",
+            "expected 0 and 1 only: set the lesion to 1, the rest to 0, or name the values that "
+            "are lesions in lesion_labels",
         )
+    if lesion_labels is not None:
+        label.array = np.isin(label.array, lesion_labels).astype(np.float32)
     _check_space(path, label, image)
     return label
 

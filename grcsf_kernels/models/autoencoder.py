@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grcsf_kernels.models.pretrained import Pretrained
 from grcsf_kernels.nn.masking import random_masks
 from grcsf_kernels.reference.residual_map import patchify
 
@@ -58,7 +59,7 @@ def sincos_positions(grid: Sequence[int], width: int, device: torch.device) -> T
     return F.pad(positions, (0, width - positions.shape[1]))
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Pretrained):
     """A vision transformer that reconstructs the patches that it does not see.
 
     The encoder runs on the visible tokens only. Positions are fixed sines and cosines of the patch

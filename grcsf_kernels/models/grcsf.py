@@ -9,13 +9,14 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grcsf_kernels.models.pretrained import Pretrained
 from grcsf_kernels.models.unet import ResidualUNet
 from grcsf_kernels.nn import GCU, RCU
 
 _POOL = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
-class GRCSF(ResidualUNet):
+class GRCSF(ResidualUNet, Pretrained):
     """Global and Regional Compensation Segmentation Framework.
 
     With both switches off it is the plain backbone, parameter for parameter.

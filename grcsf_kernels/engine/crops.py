@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of augmented crops, for pretraining and for training.
+
+Every crop of a batch is a function of (seed, epoch, step, its index in the batch) alone, so a
+process may make only some of them and gets the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from monai.data.utils import affine_to_spacing
+from monai.transforms import (
+    Compose,
+    OneOf,
+    RandAdjustContrastd,
+    RandAffined,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandScaleIntensityd,
+    RandScaleIntensityFixedMeand,
+    RandSimulateLowResolutiond,
+    RandSpatialCropd,
+    SpatialPadd,
+    Transform,
+)
+from torch import Tensor
+
+from grcsf_kernels.engine.config import AugmentationConfig, PretrainConfig, TrainConfig
+from grcsf_kernels.engine.data import Sample, Samples
+from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.loop import seed_of
+
+# An axis whose voxels are this many times longer than the others is not rotated out of its plane:
+# in-plane detail would be smeared over slices.
+_COARSE = 3.0
+
+
+class _Batches:
+    """Picks the cases of a batch and makes its crops, each from its own seed."""
+
+    def __init__(self, samples: Samples, keys: list[str], batch: int, seed: int) -> None:
+        self._samples, self._keys, self._batch, self._seed = samples, keys, batch, seed
+
+    def __call__(
+        self, epoch: int, step: int, indices: Sequence[int] | None = None
+    ) -> tuple[Tensor, str]:
+        """Rows of the batch of a step.
+
+        Args:
+            epoch: from 0.
+            step: of the epoch, from 0.
+            indices: which rows of the batch; None: all of ``batch_size``.
+
+        Returns:
+            [B, N, *crop] float32: the channels of image, label and maps one after the other, as
+            far as there are; and the names of the cases.
+        """
+        generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, step, 2))
+        picks = torch.randint(len(self._samples), (self._batch,), generator=generator).tolist()
+        rows = range(self._batch) if indices is None else indices
+        crops = [
+            self._crop(self._samples[picks[row]], seed_of(self._seed, epoch, step, 3, row))
+            for row in rows
+        ]
+        return torch.stack(crops), ", ".join(self._samples.names[picks[row]] for row in rows)
+
+    def _crop(self, sample: Sample, seed: int) -> Tensor:
+        transform = self._transform(_coarse_axis(sample))
+        transform.set_random_state(seed=seed)
+        parts = {key: torch.as_tensor(getattr(sample, key)) for key in self._keys}
+        crop = transform({key: part.as_subclass(Tensor) for key, part in parts.items()})
+        if isinstance(crop, list):  # RandCropByPosNegLabeld makes a list of its samples
+            (crop,) = crop
+        return torch.cat([torch.as_tensor(crop[k]).as_subclass(Tensor) for k in self._keys])
+
+    def _transform(self, coarse: int | None) -> Compose:
+        raise NotImplementedError
+
+
+class Crops(_Batches):
+    """Random crops of images for pretraining, mirrored: [B, C, *crop].
+
+    Args:
+        samples: the cases.
+        config: crop and batch size, mirroring.
+        seed: of everything random.
+    """
+
+    def __init__(self, samples: Samples, config: PretrainConfig, seed: int) -> None:
+        super().__init__(samples, ["image"], config.optimization.batch_size, seed)
+        crop = RandSpatialCropd(self._keys, config.crop_size, random_size=False)
+        pad = SpatialPadd(self._keys, config.crop_size)
+        self._steps = Compose([pad, crop, *mirrors(self._keys, config.mirror_axes)])
+
+    def _transform(self, coarse: int | None) -> Compose:
+        return self._steps
+
+
+class LesionCrops(_Batches):
+    """Augmented crops, mostly around lesions: [B, C + 1 + K, *crop], image, label and maps.
+
+    Image, label and residual maps go through the same spatial transforms, the label by nearest
+    neighbor and the others linearly.
+
+    Args:
+        samples: the cases, with labels.
+        config: crop and batch size, augmentation.
+        seed: of everything random.
+    """
+
+    def __init__(self, samples: Samples, config: TrainConfig, seed: int) -> None:
+        keys = ["image", "label"] + ([] if samples[0].residual is None else ["residual"])
+        super().__init__(samples, keys, config.optimization.batch_size, seed)
+        self._config = config
+        self._transform = functools.cache(self._make)  # type: ignore[method-assign]
+        self._transform(None)  # errors of the settings now, not at the first step
+
+    def _make(self, coarse: int | None) -> Compose:
+        keys, config = self._keys, self._config
+        return Compose(
+            [
+                SpatialPadd(keys, config.crop_size),
+                # Around the voxel first, then the crop anywhere in there: were the lesion always at
+                # the center, a network would learn the place and not the lesion.
+                RandCropByPosNegLabeld(
+                    keys,
+                    label_key="label",
+                    spatial_size=[size * 3 // 2 for size in config.crop_size],
+                    pos=config.foreground,
+                    neg=1 - config.foreground,
+                    num_samples=1,
+                    allow_smaller=True,
+                ),
+                _cut(keys, config.crop_size, config.augmentation, coarse),
+                *mirrors(keys, config.mirror_axes),
+                *_intensities(config.augmentation),
+            ]
+        )
+
+
+def _coarse_axis(sample: Sample) -> int | None:
+    """The axis whose voxels are at least ``_COARSE`` times as long as those of both others."""
+    spacing = affine_to_spacing(torch.as_tensor(sample.image.affine)).tolist()
+    longest = max(range(3), key=lambda axis: spacing[axis])
+    others = max(size for axis, size in enumerate(spacing) if axis != longest)
+    return longest if spacing[longest] >= _COARSE * others else None
+
+
+def _cut(
+    keys: list[str], crop: Sequence[int], config: AugmentationConfig, coarse: int | None
+) -> Transform:
+    """The crop out of a larger piece, sometimes rotated and scaled, with real voxels around it."""
+    plain = RandSpatialCropd(keys, crop, random_size=False)
+    probability = config.affine_probability if config.enabled else 0.0
+    if not probability:
+        return plain
+    angles = [
+        math.radians(angle) if coarse in (None, axis) else 0.0
+        for axis, angle in enumerate(config.rotation)
+    ]
+    low, high = config.scaling
+    moved = RandAffined(
+        keys,
+        prob=1.0,
+        spatial_size=crop,
+        rotate_range=angles,
+        scale_range=[(low - 1, high - 1)] * 3,  # of the size of what is seen
+        mode=["nearest" if key == "label" else "bilinear" for key in keys],
+        padding_mode="zeros",
+    )
+    # A quarter larger in every direction together: as much as a rotated crop usually needs.
+    piece = RandSpatialCropd(keys, [size * 5 // 4 for size in crop], random_size=False)
+    return OneOf([Compose([piece, moved]), plain], weights=[probability, 1 - probability])
+
+
+def _intensities(config: AugmentationConfig) -> list[Transform]:
+    """On the image alone."""
+    if not config.enabled:
+        return []
+    keys, sigma = ["image"], config.blur
+    return [
+        RandGaussianNoised(keys, config.noise_probability, std=config.noise),
+        RandGaussianSmoothd(keys, sigma, sigma, sigma, prob=config.blur_probability),
+        RandScaleIntensityd(keys, config.brightness, prob=config.brightness_probability),
+        RandScaleIntensityFixedMeand(
+            keys, config.contrast, prob=config.contrast_probability, fixed_mean=True
+        ),
+        RandSimulateLowResolutiond(
+            keys, config.low_resolution_probability, zoom_range=config.low_resolution
+        ),
+        RandAdjustContrastd(keys, config.gamma_probability, config.gamma, retain_stats=True),
+    ]
+
+
+def mirrors(keys: Sequence[str], axes: Sequence[int]) -> list[Transform]:
+    """Random mirroring along each of ``axes``, half of the time.
+
+    Raises:
+        InputError: an axis other than 0, 1 and 2.
+    """
+    if any(axis not in (0, 1, 2) for axis in axes):
+        raise InputError("mirror_axes", f"is {tuple(axes)}", "expected axes among 0, 1 and 2")
+    return [RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes]
