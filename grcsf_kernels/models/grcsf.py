@@ -36,6 +36,7 @@ class GRCSF(ResidualUNet):
         score_channels: hidden units of the RCU's scoring network.
         use_gcu: put a GCU on every skip.
         use_rcu: put RCUs at ``rcu_levels``.
+        deep_supervision: give the deeper decoder levels heads too, which run in training only.
 
     Raises:
         ValueError: sizes out of range.
@@ -61,6 +62,7 @@ class GRCSF(ResidualUNet):
         score_channels: int = 32,
         use_gcu: bool = True,
         use_rcu: bool = True,
+        deep_supervision: bool = False,
     ) -> None:
         super().__init__(
             in_channels,
@@ -68,6 +70,7 @@ class GRCSF(ResidualUNet):
             spatial_dims=spatial_dims,
             channels=channels,
             blocks_per_level=blocks_per_level,
+            deep_supervision=deep_supervision,
         )
         levels = range(len(channels) - 1)
         if any(level not in levels for level in rcu_levels):
@@ -109,7 +112,7 @@ class GRCSF(ResidualUNet):
             }
         )
 
-    def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor | list[Tensor]:
         """Segment.
 
         Args:
@@ -118,7 +121,8 @@ class GRCSF(ResidualUNet):
                 makes them; needed with ``use_rcu``, not used without.
 
         Returns:
-            Logits [B, out_channels, *S].
+            Logits [B, out_channels, *S]; in training with ``deep_supervision`` a list, see
+            :meth:`ResidualUNet.forward`.
 
         Raises:
             ValueError: a shape that does not fit, or no residual maps with ``use_rcu``.
@@ -134,7 +138,7 @@ class GRCSF(ResidualUNet):
         compensated = list(features)
         if self.use_gcu:
             for level, unit in enumerate(self.gcu):
-                compensated[level] = unit(features[level], features[level + 1])
+                compensated[level] = self._run(unit, features[level], features[level + 1])
         context = features[-1].flatten(2).mean(dim=2)
 
         def after(level: int, x: Tensor) -> Tensor:
@@ -142,6 +146,6 @@ class GRCSF(ResidualUNet):
                 return x
             # Means over exactly the voxels that a voxel of this level stands for.
             maps = _POOL[self.spatial_dims](residual, x.shape[2:])  # type: ignore[arg-type]
-            return self.rcu[str(level)](x, maps, context)
+            return self._run(self.rcu[str(level)], x, maps, context)
 
         return self.decode(compensated, after)
