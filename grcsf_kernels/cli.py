@@ -25,3 +25,7 @@ def main() -> None:
     from grcsf_kernels.engine.commands import app
 
     app()
+
+
+if __name__ == "__main__":
+    main()

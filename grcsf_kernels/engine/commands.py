@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -59,25 +60,33 @@ def _command(function: Callable[..., engine.Report | None]) -> Callable[..., Non
     @app.command(name=function.__name__)
     @functools.wraps(function)
     def run(**options: Any) -> None:
+        # Under torchrun: the first process reports, the others say which they are.
+        rank = os.environ.get("RANK", "0")
+        label = "error" if rank == "0" else f"error in process {rank}"
         try:
             report = function(**options)
         except engine.InputError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"{label}: {error}", err=True)
             raise typer.Exit(1) from error
         except OSError as error:
             # A full disk, a folder without permission, a file where a folder is meant.
             where = error.filename or options.get("output")
             problem = f"{where}: {error.strerror or error}; check the path, the disk's space"
-            typer.echo(f"error: {problem} and the permissions", err=True)
+            typer.echo(f"{label}: {problem} and the permissions", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
-            typer.echo("stopped: the last finished epoch is kept, the same call goes on", err=True)
+            typer.echo("stopped: the last state is kept, the same call goes on", err=True)
             raise typer.Exit(130) from None
-        if report is not None and report.failed:
+        if report is not None and report.failed and rank == "0":
             typer.echo(f"{len(report.failed)} input(s) skipped, see above", err=True)
             raise typer.Exit(1)
 
     return run
+
+
+def _first_says(path: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(path)
 
 
 def _settings(cls: type[Config], path: Path | None, part: str = "", **overrides: Any) -> Config:
@@ -109,7 +118,7 @@ def pretrain(
         engine.PretrainConfig, config, "optimization", device=device, seed=seed, epochs=epochs
     )
     for path in engine.pretrain(data, output, settings, report):
-        typer.echo(path)
+        _first_says(path)
     return report
 
 
@@ -147,7 +156,7 @@ def train(
     settings = _settings(
         engine.TrainConfig, config, "optimization", device=device, seed=seed, epochs=epochs
     )
-    typer.echo(engine.train(data, output, settings, residuals, report))
+    _first_says(engine.train(data, output, settings, residuals, report))
     return report
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class ModelConfig:
     score_channels: int = 32
     use_gcu: bool = True
     use_rcu: bool = True
+    deep_supervision: bool = False  # heads on the deeper decoder levels too, in training only
 
 
 @dataclass
@@ -68,16 +70,24 @@ class OptimizationConfig:
 
     epochs: int = 200
     steps_per_epoch: int = 100
-    batch_size: int = 2
+    batch_size: int = 2  # crops that go through the network together, on each process
+    accumulate: int = 1  # such batches for one step of the optimizer
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
     warmup_epochs: float = 2.0
     clip_norm: float = 1.0  # of the gradient
+    ema_decay: float = 0.0  # of the average of the weights, which is what is kept; 0: no average
     precision: str = "32-true"  # 32-true, bf16-mixed or 16-mixed
     device: str = "auto"  # auto, cpu or cuda
+    strategy: str = "auto"  # of several processes: ddp, or fsdp (weights in parts); auto: ddp
+    timeout_minutes: float = 30.0  # for which a process waits for the others; above a validation
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    compile: bool = False  # torch.compile
     seed: int = 0
     cache_gb: float = 8.0  # of cases kept in memory; the rest are read again when needed
     cache_dir: str | None = None  # folder for preprocessed cases; null: preprocessed in every run
+    workers: int = 0  # processes that make crops ahead; 0: made when they are needed
+    checkpoint_every: int = 0  # steps between states within an epoch; 0: after each epoch only
 
 
 @dataclass
@@ -145,6 +155,7 @@ class TrainConfig:
     fold: int = 0  # which of the folds, or of the splits in splits_file, validates
     splits_file: str | None = None  # nnU-Net's splits_final.json, before folds
     validation_every: int = 10  # epochs
+    overlays: int = 0  # validation cases drawn into the TensorBoard logs
 
 
 @dataclass
@@ -170,6 +181,21 @@ def to_dict(config: Any) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, tuple) else value
 
     return plain(dataclasses.asdict(config))
+
+
+# What a run may change when it goes on: its weights do not depend on them.
+_FREE = (
+    *("workers", "checkpoint_every", "timeout_minutes", "cache_gb", "overlays"),
+    "gradient_checkpointing",
+)
+
+
+def run_identity(config: Any, *more: object) -> str:
+    """All that the weights of a training depend on: its settings, and ``more``, as text."""
+    values = {key: value for key, value in to_dict(config).items() if key not in _FREE}
+    chosen = values["optimization"].items()
+    values["optimization"] = {key: value for key, value in chosen if key not in _FREE}
+    return json.dumps([values, *more])
 
 
 def from_dict(cls: type[Config], values: Any, where: str) -> Config:
@@ -214,13 +240,16 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 _POSITIVE = (
     *("epochs", "steps_per_epoch", "batch_size", "learning_rate", "clip_norm", "patch_size"),
-    *("crop_size", "spacing", "validation_every", "draws"),
+    *("crop_size", "spacing", "validation_every", "draws", "accumulate", "timeout_minutes"),
 )
 _SHARES = (
-    *("foreground", "validation_fraction", "overlap", "threshold", "mask_ratios"),
+    *("foreground", "validation_fraction", "overlap", "threshold", "mask_ratios", "ema_decay"),
     *("brightness", "contrast"),
 )
-_FROM_ZERO = (*("cache_gb", "weight_decay", "warmup_epochs", "rotation", "noise", "folds", "fold"),)
+_NOT_NEGATIVE = (
+    *("cache_gb", "weight_decay", "warmup_epochs", "workers", "checkpoint_every", "overlays"),
+    *("rotation", "noise", "folds", "fold"),
+)
 _RANGES = ("scaling", "gamma", "blur", "low_resolution")
 _MAY_BE_EMPTY = ("rcu_levels", "channel_windows")
 
@@ -244,11 +273,11 @@ def check(config: Any, where: str = "") -> None:
         share = entry.name in _SHARES or entry.name.endswith("_probability")
         if share and any(not 0 <= number <= 1 for number in numbers):
             raise InputError(name, f"is {value}", "expected from 0 to 1")
-        if entry.name in ("overlap", "validation_fraction") and value >= 1:
+        if entry.name in ("overlap", "validation_fraction", "ema_decay") and value >= 1:
             raise InputError(name, f"is {value}", "expected below 1")
         if entry.name in ("threshold", "mask_ratios") and any(n in (0, 1) for n in numbers):
             raise InputError(name, f"is {value}", "expected between 0 and 1")
-        if entry.name in _FROM_ZERO and any(number < 0 for number in numbers):
+        if entry.name in _NOT_NEGATIVE and any(number < 0 for number in numbers):
             raise InputError(name, f"is {value}", "expected 0 or more")
         windows = {"window": (value,), "channel_windows": value}.get(entry.name, ())
         if any(not low < high for low, high in windows):

@@ -2,13 +2,18 @@
 """The training loop of pretraining and of training.
 
 Everything random in a step follows from (seed, epoch, step) alone, so a run that was killed goes on
-from its last finished epoch to the same bits as one that was not.
+from its last state to the same bits as one that was not.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +21,53 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from grcsf_kernels.engine.checkpoint import load_state, save_state
 from grcsf_kernels.engine.config import OptimizationConfig
+from grcsf_kernels.engine.distributed import (
+    expect_same,
+    gather,
+    is_sharded,
+    lost,
+    make_fabric,
+    on_first,
+)
+from grcsf_kernels.engine.ema import WeightAverage
 from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.loader import Crops, MicroBatch, load_steps
 from grcsf_kernels.engine.report import console
 
-# step(model, epoch, step) -> loss, and what the batch was, for the message about a bad loss.
-Step = Callable[[nn.Module, int, int], tuple[Tensor, str]]
+__all__ = ["Task", "fit", "learning_rate", "make_fabric", "saving", "seed_of"]
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def make_fabric(device: str, precision: str = "32-true") -> Fabric:
-    """One device.
+@dataclass
+class Task:
+    """What is learned.
 
-    Raises:
-        InputError: the device or the precision is unknown, or not there.
+    Attributes:
+        crops: gives one crop and the name of its case.
+        parts: of the loss of a micro-batch, whose crops are on the device: a tensor with gradients.
+            The parts of all micro-batches of a step, over all processes, add up.
+        loss: of the sum of the parts; None: the sum is the loss.
+        epoch_done: called on the first process with the network as it is kept, the epoch and the
+            best score so far; writes what it wants and returns the best score.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError("device", f"is {device!r}", "expected auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device", "is cuda, and torch sees no CUDA device", "use auto or cpu")
-    if precision not in ("32-true", "bf16-mixed", "16-mixed"):
-        raise InputError(
-            "precision", f"is {precision!r}", "expected 32-true, bf16-mixed or 16-mixed"
-        )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and precision == "16-mixed":
-        raise InputError("precision", "is 16-mixed on the CPU", "use bf16-mixed or 32-true there")
-    return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
+
+    crops: Crops
+    parts: Callable[[nn.Module, MicroBatch], Tensor]
+    loss: Callable[[Tensor], Tensor] | None
+    epoch_done: Callable[[nn.Module, int, float], float]
 
 
 def seed_of(*parts: int) -> int:
@@ -63,109 +85,261 @@ def learning_rate(config: OptimizationConfig, done: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * along))
 
 
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Around the writing of ``path``, which is written whole.
+
+    Raises:
+        InputError: it can't be written; the former file is still there.
+    """
+    try:
+        yield
+    # What torch and safetensors make of a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())[:200]
+        remedy = "see to the disk's space and the permissions; the former file is kept"
+        raise InputError(path, f"can't be written ({problem})", remedy) from error
+
+
+@dataclass
+class _Run:
+    """A network in training. ``model`` has the names of the file, ``wrapped`` the strategy."""
+
+    fabric: Fabric
+    model: nn.Module
+    wrapped: Any
+    optimizer: Any
+    average: WeightAverage
+    config: OptimizationConfig
+    task: Task
+    done: int = 0  # steps
+    total: float = 0.0  # of the losses of the running epoch
+    best: float = -math.inf
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, whole on the first process."""
+        average = None
+        if self.average.decay:
+            with self.average.applied():
+                # Copies: the weights lie in the same memory.
+                average = copy.deepcopy(get_model_state_dict(self.model, options=_WHOLE))
+        return {
+            "model": get_model_state_dict(self.model, options=_WHOLE),
+            "average": average,
+            "optimizer": get_optimizer_state_dict(
+                self.model, self.optimizer.optimizer, options=_WHOLE
+            ),
+            # The loss scale of 16-mixed; empty for the others.
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "done": self.done,
+            "total": self.total,
+            "best": self.best,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        options = StateDictOptions(full_state_dict=True)
+
+        if state["average"] is not None:
+            set_model_state_dict(self.model, state["average"], options=options)
+            self.average.restart()
+        set_state_dict(
+            self.model,
+            self.optimizer.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=options,
+        )
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.done, self.total, self.best = state["done"], state["total"], state["best"]
+
+
 def fit(
     model: nn.Module,
-    step: Step,
+    task: Task,
     config: OptimizationConfig,
     *,
+    fabric: Fabric,
     state_path: Path,
     identity: str,
     title: str,
-    epoch_done: Callable[[nn.Module, int, float, float], float],
     log: Callable[[str, float, int], None] = lambda name, value, epoch: None,
 ) -> None:
-    """Train ``model`` in place, from its last finished epoch if ``state_path`` has one.
+    """Train ``model`` in place, from where ``state_path`` ends if there is one.
 
     Args:
         model: the network.
-        step: gives the loss of a step.
+        task: what it learns.
         config: epochs, batch, learning rate, device.
-        state_path: written whole after every epoch.
+        fabric: of :func:`grcsf_kernels.engine.distributed.launch`.
+        state_path: written whole after every epoch and every ``checkpoint_every`` steps.
         identity: of the run; a state with another one is refused.
         title: of the progress bar.
-        epoch_done: called with the model, the epoch, its mean loss and the best score so far;
-            writes what it wants and returns the best score.
-        log: called with a name, a value and the epoch.
+        log: called on the first process with a name, a value and the epoch.
 
     Raises:
-        InputError: a state that does not belong to this run, or a loss that is NaN or Inf.
+        InputError: a state that does not belong to this run, a loss that is NaN or Inf, a file that
+            can't be written, or another process that is gone. With several processes, all raise.
     """
-    fabric = make_fabric(config.device, config.precision)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    try:
+        _fit(model, task, config, fabric, state_path, identity, title, log)
+    except RuntimeError as error:
+        if fabric.world_size == 1 or not lost(error):
+            raise
+        raise InputError(
+            f"process {fabric.global_rank}",
+            f"lost the other processes ({' '.join(str(error).split())[:160]})",
+            "look for the first error among theirs; the same call goes on from the last state",
+        ) from error
+
+
+def _fit(
+    model: nn.Module,
+    task: Task,
+    config: OptimizationConfig,
+    fabric: Fabric,
+    state_path: Path,
+    identity: str,
+    title: str,
+    log: Callable[[str, float, int], None],
+) -> None:
+    # Read by the networks' forward; no parameter, and no part of the model file.
+    model.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
+    # Sharding changes a network's class and its weights; what is kept is an ordinary one.
+    kept = copy.deepcopy(model) if is_sharded(fabric) else model
+    compiled: Any = torch.compile(model) if config.compile else model
+    wrapped = fabric.setup_module(compiled)
+    optimizer: Any = fabric.setup_optimizers(
+        torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
     )
-    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    average = WeightAverage(model.parameters(), config.ema_decay)
+    run = _Run(fabric, model, wrapped, optimizer, average, config, task)
+
+    on_first(fabric, lambda: _remove_leftovers(state_path))
+    remedy = "give every process the same data and settings, and an output folder that they share"
+    expect_same(fabric, identity, "the run", remedy)
     state = load_state(state_path, identity)
-    first, best = 0, -math.inf
+    expect_same(fabric, None if state is None else state["done"], str(state_path), remedy)
     if state is not None:
-        model.load_state_dict(state["model"])
-        wrapped_optimizer.load_state_dict(state["optimizer"])
-        fabric.strategy.precision.load_state_dict(state["precision"])
-        first, best = state["epoch"] + 1, state["best"]
-        if 0 < first < config.epochs:
-            console.print(f"{title}: going on after epoch {first} of {config.epochs}")
-    with _progress() as progress:
-        task = progress.add_task(title, total=config.epochs * config.steps_per_epoch, loss=math.nan)
-        progress.update(task, completed=first * config.steps_per_epoch)
-        for epoch in range(first, config.epochs):
+        run.load(state)
+        if run.done < config.epochs * config.steps_per_epoch:
+            epoch, step = divmod(run.done, config.steps_per_epoch)
+            where = f"epoch {epoch} of {config.epochs}" + (f" and {step} steps" if step else "")
+            console.print(f"{title}: going on after {where}")
+
+    def save() -> None:
+        content = run.state() | {"identity": identity}
+
+        def write() -> None:
+            with saving(state_path):
+                save_state(state_path, content)
+
+        on_first(fabric, write)
+
+    def epoch_done(epoch: int) -> None:
+        model.eval()
+        with average.applied():
+            if kept is not model:
+                weights = get_model_state_dict(model, options=_WHOLE)
+                if fabric.is_global_zero:
+                    kept.load_state_dict(weights)
+                    kept.to(fabric.device).eval()
+            run.best = on_first(fabric, lambda: task.epoch_done(kept, epoch, run.best))
+
+    steps = load_steps(task.crops, config, fabric, run.done)
+    with _progress(disable=not fabric.is_global_zero) as progress:
+        task_id = progress.add_task(
+            title, total=config.epochs * config.steps_per_epoch, completed=run.done, loss=math.nan
+        )
+        model.train()
+        since, timed = time.perf_counter(), 0
+        for micros in steps:
+            epoch, index = micros[0].epoch, micros[0].step
+            rate = learning_rate(config, run.done)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            value = _one_step(run, micros)
+            run.done, run.total, timed = run.done + 1, run.total + value, timed + 1
+            progress.update(task_id, advance=1, loss=value)
+            if index + 1 < config.steps_per_epoch:
+                if config.checkpoint_every and run.done % config.checkpoint_every == 0:
+                    save()
+                continue
+            log("loss", run.total / config.steps_per_epoch, epoch)
+            log("learning rate", rate, epoch)
+            log("seconds a step", (time.perf_counter() - since) / timed, epoch)
+            epoch_done(epoch)
+            run.total = 0.0
+            save()
             model.train()
-            total = 0.0
-            for index in range(config.steps_per_epoch):
-                rate = learning_rate(config, epoch * config.steps_per_epoch + index)
-                for group in wrapped_optimizer.param_groups:
-                    group["lr"] = rate
-                value = _one_step(fabric, wrapped, wrapped_optimizer, step, config, epoch, index)
-                total += value
-                progress.update(task, advance=1, loss=value)
-            mean = total / config.steps_per_epoch
-            log("loss", mean, epoch)
-            model.eval()
-            best = epoch_done(model, epoch, mean, best)
-            save_state(
-                state_path,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": wrapped_optimizer.state_dict(),
-                    # The loss scale of 16-mixed; empty for the others.
-                    "precision": fabric.strategy.precision.state_dict(),
-                    "epoch": epoch,
-                    "best": best,
-                    "identity": identity,
-                },
-            )
+            since, timed = time.perf_counter(), 0
     model.eval()
 
 
-def _one_step(
-    fabric: Fabric,
-    model: Any,
-    optimizer: Any,
-    step: Step,
-    config: OptimizationConfig,
-    epoch: int,
-    index: int,
-) -> float:
-    loss, batch = step(model, epoch, index)
-    value = float(loss.detach())
+def _one_step(run: _Run, micros: list[MicroBatch]) -> float:
+    """The loss over all crops of the step, after a step of the optimizer down its gradient."""
+    fabric, task, wrapped = run.fabric, run.task, run.wrapped
+    batches = [dataclasses.replace(m, crops=fabric.to_device(m.crops)) for m in micros]
+    # Where the loss is no sum, the gradient of a micro-batch depends on the parts of all of them: a
+    # forward pass for the parts comes first.
+    ahead = task.loss is not None and len(batches) > 1
+    parts: list[Tensor] = []
+    whole = torch.zeros(())
+    if ahead:
+        with torch.no_grad():
+            parts = [task.parts(wrapped, batch) for batch in batches]
+        whole = _sum(fabric, parts)
+    run.optimizer.zero_grad(set_to_none=True)
+    for place, batch in enumerate(batches):
+        last = place + 1 == len(batches)
+        with fabric.no_backward_sync(wrapped, enabled=not last):
+            part = task.parts(wrapped, batch)
+            if not ahead:
+                parts.append(part.detach())
+                whole = _sum(fabric, parts) if last else whole
+            # The value of the whole, with the gradient of this part of it.
+            loss = part if task.loss is None else task.loss(whole + (part - part.detach()))
+            # Strategies average gradients over processes; those of a sum add up.
+            fabric.backward(loss * fabric.world_size)
+    value = float(whole if task.loss is None else task.loss(whole))
+    # The same on every process, so that all of them stop.
     if not math.isfinite(value):
+        bad = [m.names for m, part in zip(micros, parts, strict=True) if not part.isfinite().all()]
+        names = ", ".join(name for some in gather(fabric, bad) for name in some)
         raise InputError(
-            f"epoch {epoch + 1}, step {index + 1}",
-            f"the loss is {value} on {batch}",
+            f"epoch {micros[0].epoch + 1}, step {micros[0].step + 1}",
+            f"the loss is {value} on {names or 'the whole batch'}",
             "lower the learning rate, or look at the intensities of these cases; "
-            "the last finished epoch is kept",
+            "the last state is kept",
         )
-    optimizer.zero_grad(set_to_none=True)
-    fabric.backward(loss)
-    fabric.clip_gradients(model, optimizer, max_norm=config.clip_norm, error_if_nonfinite=False)
-    optimizer.step()
+    fabric.clip_gradients(
+        wrapped, run.optimizer, max_norm=run.config.clip_norm, error_if_nonfinite=False
+    )
+    run.optimizer.step()
+    run.average.update()
     return value
 
 
-def _progress() -> Progress:
+def _sum(fabric: Fabric, parts: list[Tensor]) -> Tensor:
+    whole = fabric.all_reduce(torch.stack(parts).sum(dim=0), reduce_op="sum")
+    assert isinstance(whole, Tensor)
+    return whole
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Half of a state, from a run that was killed while it wrote."""
+    for leftover in path.parent.glob(f".*.tmp.{path.name}"):
+        leftover.unlink(missing_ok=True)
+
+
+def _progress(*, disable: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]:.4f}"),
         TimeRemainingColumn(),
         console=console,
+        disable=disable,
     )

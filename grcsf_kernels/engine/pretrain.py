@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from math import prod
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from grcsf_kernels.engine.cache import CachedCases
 from grcsf_kernels.engine.checkpoint import save_checkpoint
-from grcsf_kernels.engine.config import PretrainConfig, check, save_config, to_dict
+from grcsf_kernels.engine.config import PretrainConfig, check, run_identity, save_config, to_dict
 from grcsf_kernels.engine.crops import Crops
 from grcsf_kernels.engine.data import (
     Case,
@@ -25,10 +25,14 @@ from grcsf_kernels.engine.data import (
     find_cases,
     load_sample,
 )
+from grcsf_kernels.engine.distributed import launch, on_first
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.loop import fit, seed_of
+from grcsf_kernels.engine.loader import MicroBatch, one_thread
+from grcsf_kernels.engine.logs import Logs
+from grcsf_kernels.engine.loop import Task, fit, saving, seed_of
 from grcsf_kernels.engine.report import Report, console
 from grcsf_kernels.models import MaskedAutoencoder
+from grcsf_kernels.nn.masking import random_masks
 
 
 def autoencoder_path(output: Path, mask_ratio: float) -> Path:
@@ -41,7 +45,8 @@ def pretrain(
 ) -> list[Path]:
     """Train one masked autoencoder for each mask ratio on the images of a folder.
 
-    Goes on from the last finished epoch where ``output`` holds a run with the same settings.
+    Goes on from the last state where ``output`` holds a run with the same settings. Under
+    ``torchrun`` every process calls it, and the first one writes.
 
     Args:
         data: a folder of images; see :func:`grcsf_kernels.engine.data.find_cases`.
@@ -73,9 +78,10 @@ def pretrain(
             f"is {model_config.mask_ratios}",
             "expected ratios that differ: each has a file of its own",
         )
+    fabric = launch(config.optimization)
     samples = _load(data, config, report)
     channels = samples[0].image.shape[0]
-    save_config(config, Path(output) / "pretrain.yaml")
+    on_first(fabric, lambda: save_config(config, Path(output) / "pretrain.yaml"))
     paths = []
     for index, ratio in enumerate(model_config.mask_ratios):
         path = autoencoder_path(output, ratio)
@@ -84,31 +90,41 @@ def pretrain(
             torch.manual_seed(seed)
             model = _build(config, ratio, channels)
         optimization = dataclasses.replace(config.optimization, seed=seed)
-        crops = Crops(samples, config, seed)
+        # One by one: a crop is a function of its place among all crops, whatever its batch.
+        one = dataclasses.replace(optimization, batch_size=1)
+        logs = Logs(Path(output) / "logs" / path.stem, enabled=fabric.is_global_zero)
 
-        def step(
-            network: nn.Module, epoch: int, index: int, crops: Crops = crops, seed: int = seed
-        ) -> tuple[Tensor, str]:
-            images, names = crops(epoch, index)
-            generator = torch.Generator().manual_seed(seed_of(seed, epoch, index, 1))
-            device = next(network.parameters()).device
-            loss, _, _ = network(images.to(device), generator=generator)
-            return loss, names
+        def parts(
+            network: nn.Module, batch: MicroBatch, seed: int = seed, ratio: float = ratio
+        ) -> Tensor:
+            sizes = zip(config.crop_size, model_config.patch_size, strict=True)
+            patches = prod(size // patch for size, patch in sizes)
+            generator = torch.Generator().manual_seed(seed_of(seed, batch.epoch, batch.step, 1))
+            # Of all crops of the step, so that it does not matter which process has which.
+            hidden = random_masks(batch.total, patches, ratio, 1, generator)[0]
+            own = hidden[batch.first : batch.first + len(batch.crops)]
+            loss, _, _ = network(batch.crops, own.to(batch.crops.device))
+            return loss * batch.share
 
-        def epoch_done(
-            network: nn.Module, epoch: int, loss: float, best: float, path: Path = path
-        ) -> float:
-            save_checkpoint(path, network, config.data, config.crop_size)
+        def epoch_done(network: nn.Module, epoch: int, best: float, path: Path = path) -> float:
+            with saving(path):
+                save_checkpoint(path, network, config.data, config.crop_size)
             return best
 
         fit(
             model,
-            step,
+            Task(
+                Crops(samples, dataclasses.replace(config, optimization=one), seed),
+                parts,
+                None,
+                epoch_done,
+            ),
             optimization,
+            fabric=fabric,
             state_path=path.with_suffix(".state"),
-            identity=json.dumps([to_dict(config), ratio, samples.names]),
+            identity=run_identity(config, ratio, samples.names, fabric.world_size),
             title=f"autoencoder {ratio:.0%}",
-            epoch_done=epoch_done,
+            log=logs.number,
         )
         paths.append(path)
     return paths
@@ -143,13 +159,14 @@ def _load(data: Path, config: PretrainConfig, report: Report) -> Samples:
     cached = read if folder is None else CachedCases(read, Path(folder), to_dict(config.data))
 
     def load(case: Case) -> Sample:
-        sample = cached(case)
+        with one_thread():
+            sample = cached(case)
         check_size(sample, config.model.patch_size, "the autoencoder's patch")
         return sample
 
     samples = Samples(load, config.optimization.cache_gb * 1e9)
     cases = find_cases(data, report, labels=False, suffixes=config.data.bids_suffixes)
-    for case in track(cases, "reading", console=console):
+    for case in track(cases, "reading", console=console, disable=console.quiet):
         try:
             sample = load(case)
             channels = samples[0].image.shape[0] if samples else sample.image.shape[0]

@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from monai.inferers import sliding_window_inference
-from monai.losses import DiceFocalLoss
 from rich.progress import track
 from torch import Tensor, nn
 
 from grcsf_kernels.engine.cache import CachedCases
 from grcsf_kernels.engine.checkpoint import save_checkpoint
-from grcsf_kernels.engine.config import TrainConfig, check, save_config, to_dict
+from grcsf_kernels.engine.config import TrainConfig, check, run_identity, save_config, to_dict
 from grcsf_kernels.engine.crops import LesionCrops
 from grcsf_kernels.engine.data import (
     Case,
@@ -28,8 +27,12 @@ from grcsf_kernels.engine.data import (
     load_sample,
     residual_path,
 )
+from grcsf_kernels.engine.distributed import launch, on_first
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.loop import fit
+from grcsf_kernels.engine.loader import MicroBatch, one_thread
+from grcsf_kernels.engine.logs import Logs
+from grcsf_kernels.engine.loop import Task, fit, saving
+from grcsf_kernels.engine.losses import DiceFocal
 from grcsf_kernels.engine.metrics import dice
 from grcsf_kernels.engine.provenance import read_maps
 from grcsf_kernels.engine.report import Report, console
@@ -46,8 +49,9 @@ def train(
 ) -> Path:
     """Train GRCSF, or its backbone, on the cases of a folder.
 
-    Goes on from the last finished epoch where ``output`` holds a run with the same settings. With
-    validation cases the epoch with the best validation Dice is kept, without them the last one.
+    Goes on from the last state where ``output`` holds a run with the same settings. With validation
+    cases the epoch with the best validation Dice is kept, without them the last one. Under
+    ``torchrun`` every process calls it, and the first one writes.
 
     Args:
         data: a folder of images with labels; see :func:`grcsf_kernels.engine.data.find_cases`.
@@ -71,9 +75,10 @@ def train(
             "residuals", "missing", "run grcsf residuals first, or set model.use_rcu to false"
         )
     residuals = residuals if config.model.use_rcu else None
+    fabric = launch(config.optimization)
     samples = _load(data, config, residuals, report)
-    parts = split(samples.cases, config)
-    training, validation = (samples.subset(part) for part in parts)
+    divided = split(samples.cases, config)
+    training, validation = (samples.subset(part) for part in divided)
     first = samples[0]
     channels = first.image.shape[0]
     maps = 0 if first.residual is None else first.residual.shape[0]
@@ -82,43 +87,54 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(config, max(maps, 1), channels)
-    save_config(config, Path(output) / "train.yaml")
-    save_split(Path(output) / "split.json", samples.cases, parts)
-    crops = LesionCrops(training, config, seed)
-    # Dice over the batch as a whole: a crop without a lesion has none of its own.
-    criterion = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
+
+    def describe() -> None:
+        save_config(config, Path(output) / "train.yaml")
+        save_split(Path(output) / "split.json", samples.cases, divided)
+
+    on_first(fabric, describe)
+    criterion = DiceFocal()
     path = Path(output) / "model.safetensors"
-    log = _logger(Path(output))
+    logs = Logs(Path(output) / "logs", enabled=fabric.is_global_zero)
 
-    def step(network: nn.Module, epoch: int, index: int) -> tuple[Tensor, str]:
-        batch, names = crops(epoch, index)
-        device = next(network.parameters()).device
-        image, label, residual = (part.to(device) for part in batch.split([channels, 1, maps], 1))
+    def parts(network: nn.Module, batch: MicroBatch) -> Tensor:
+        image, label, residual = batch.crops.split([channels, 1, maps], dim=1)
         logits = network(image, residual if maps else None)
-        return criterion(logits.float(), label), names
+        return criterion.parts(logits, label, batch.share)
 
-    def epoch_done(network: nn.Module, epoch: int, loss: float, best: float) -> float:
+    def keep(network: nn.Module) -> None:
+        with saving(path):
+            save_checkpoint(path, network, config.data, config.crop_size, made_by)
+
+    def epoch_done(network: nn.Module, epoch: int, best: float) -> float:
         last = epoch + 1 == config.optimization.epochs
         if not validation:
-            save_checkpoint(path, network, config.data, config.crop_size, made_by)
+            keep(network)
             return best
         if last or (epoch + 1) % config.validation_every == 0:
-            score = _validate(network, validation, config)
-            log("validation dice", score, epoch)
+            score = _validate(network, validation, config, logs, epoch)
+            logs.number("validation dice", score, epoch)
             if score > best or not path.exists():
-                save_checkpoint(path, network, config.data, config.crop_size, made_by)
+                keep(network)
                 return score
         return best
 
+    # One by one: a crop is a function of its place among all crops, whatever the batch it is in.
+    one = dataclasses.replace(config.optimization, batch_size=1)
     fit(
         model,
-        step,
+        Task(
+            LesionCrops(training, dataclasses.replace(config, optimization=one), seed),
+            parts,
+            criterion.loss,
+            epoch_done,
+        ),
         config.optimization,
+        fabric=fabric,
         state_path=path.with_suffix(".state"),
-        identity=json.dumps([to_dict(config), samples.names]),
+        identity=run_identity(config, samples.names, fabric.world_size),
         title="GRCSF" if config.model.use_gcu or config.model.use_rcu else "backbone",
-        epoch_done=epoch_done,
-        log=log,
+        log=logs.number,
     )
     return path
 
@@ -142,6 +158,7 @@ def build(config: TrainConfig, num_maps: int, channels: int = 1) -> GRCSF:
             score_channels=model.score_channels,
             use_gcu=model.use_gcu,
             use_rcu=model.use_rcu,
+            deep_supervision=model.deep_supervision,
         )
     except ValueError as error:
         raise InputError("model", str(error), "correct the setting") from error
@@ -151,13 +168,14 @@ def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Repor
     preprocessing = Preprocessing(config.data)
 
     def read(case: Case) -> Sample:
-        return load_sample(
-            case,
-            preprocessing,
-            labels=True,
-            residuals=residuals,
-            lesion_labels=config.lesion_labels,
-        )
+        with one_thread():
+            return load_sample(
+                case,
+                preprocessing,
+                labels=True,
+                residuals=residuals,
+                lesion_labels=config.lesion_labels,
+            )
 
     load: Callable[[Case], Sample] = read
     if config.optimization.cache_dir is not None:
@@ -176,7 +194,7 @@ def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Repor
         suffixes=config.data.bids_suffixes,
         lesion_labels=config.lesion_labels,
     )
-    for case in track(cases, "reading", console=console):
+    for case in track(cases, "reading", console=console, disable=console.quiet):
         try:
             sample = load(case)
             maps = 0 if sample.residual is None else sample.residual.shape[0]
@@ -199,14 +217,20 @@ def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Repor
 
 
 @torch.no_grad()
-def _validate(network: nn.Module, samples: Samples, config: TrainConfig) -> float:
+def _validate(
+    network: nn.Module, samples: Samples, config: TrainConfig, logs: Logs, epoch: int
+) -> float:
     device = next(network.parameters()).device
     scores = []
     for index in range(len(samples)):
         sample = samples[index]
         logits = predict_logits(network, sample.image, sample.residual, config.crop_size, device)
         assert sample.label is not None
-        scores.append(dice((logits[0] > 0).numpy(), sample.label[0].numpy() > 0))
+        predicted, label = (logits[0] > 0).numpy(), sample.label[0].numpy() > 0
+        scores.append(dice(predicted, label))
+        if index < config.overlays:
+            image = sample.image.as_tensor()[0].numpy()
+            logs.overlay(sample.case.name, image, label, predicted, epoch)
     return sum(scores) / len(scores)
 
 
@@ -237,17 +261,3 @@ def predict_logits(
         device=torch.device("cpu"),
     )
     return torch.as_tensor(logits)[0]
-
-
-def _logger(output: Path) -> Callable[[str, float, int], None]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return lambda name, value, epoch: None
-    writer = SummaryWriter(output / "logs")
-
-    def log(name: str, value: float, epoch: int) -> None:
-        writer.add_scalar(name, value, epoch)
-        writer.flush()
-
-    return log

@@ -9,6 +9,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from grcsf_kernels.models.pretrained import Pretrained
 from grcsf_kernels.nn.masking import random_masks
@@ -79,11 +80,17 @@ class MaskedAutoencoder(Pretrained):
         mask_ratio: the share of patches that is hidden in training.
         normalized_target: predict patches in units of their own mean and standard deviation.
 
+    Attributes:
+        gradient_checkpointing: in training, compute the activations inside a block again in the
+            backward pass instead of keeping them. No part of the model file.
+
     Raises:
         ValueError: sizes that do not fit.
 
     Source: He et al., CVPR 2022, arXiv 2111.06377.
     """
+
+    gradient_checkpointing: bool = False
 
     def __init__(
         self,
@@ -177,7 +184,7 @@ class MaskedAutoencoder(Pretrained):
         if hidden is not None:
             shown = self._visible(hidden, tokens)
             tokens = tokens.gather(1, shown[..., None].expand(-1, -1, tokens.shape[-1]))
-        return self.encoder(tokens)
+        return self._run(self.encoder, tokens)
 
     def reconstruct(self, image: Tensor, hidden: Tensor) -> Tensor:
         """Prediction [B, L, P * C] of all patches from those that are not hidden.
@@ -201,7 +208,7 @@ class MaskedAutoencoder(Pretrained):
         tokens = self.mask_token.to(encoded.dtype).expand(batch, patches, width)
         tokens = tokens.scatter(1, shown[..., None].expand(-1, -1, width), encoded)
         positions = sincos_positions(self._grid(image), width, tokens.device)
-        return self.predict(self.decoder(tokens + positions.to(tokens.dtype)))
+        return self.predict(self._run(self.decoder, tokens + positions.to(tokens.dtype)))
 
     def forward(
         self,
@@ -235,6 +242,13 @@ class MaskedAutoencoder(Pretrained):
         error = (prediction.float() - target).square().mean(dim=-1)
         loss = (error * hidden).sum() / hidden.sum()
         return loss, prediction, hidden
+
+    def _run(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:
+        if not (self.training and self.gradient_checkpointing and torch.is_grad_enabled()):
+            return blocks(tokens)
+        for block in blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=False)
+        return tokens
 
     def _grid(self, image: Tensor) -> list[int]:
         space = image.shape[2:]

@@ -37,6 +37,7 @@ class GRCSF(ResidualUNet, Pretrained):
         score_channels: hidden units of the RCU's scoring network.
         use_gcu: put a GCU on every skip.
         use_rcu: put RCUs at ``rcu_levels``.
+        deep_supervision: give the deeper decoder levels heads too, which run in training only.
 
     Raises:
         ValueError: sizes out of range.
@@ -62,6 +63,7 @@ class GRCSF(ResidualUNet, Pretrained):
         score_channels: int = 32,
         use_gcu: bool = True,
         use_rcu: bool = True,
+        deep_supervision: bool = False,
     ) -> None:
         super().__init__(
             in_channels,
@@ -69,6 +71,7 @@ class GRCSF(ResidualUNet, Pretrained):
             spatial_dims=spatial_dims,
             channels=channels,
             blocks_per_level=blocks_per_level,
+            deep_supervision=deep_supervision,
         )
         levels = range(len(channels) - 1)
         if any(level not in levels for level in rcu_levels):
@@ -110,7 +113,7 @@ class GRCSF(ResidualUNet, Pretrained):
             }
         )
 
-    def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor | list[Tensor]:
         """Segment.
 
         Args:
@@ -119,7 +122,8 @@ class GRCSF(ResidualUNet, Pretrained):
                 makes them; needed with ``use_rcu``, not used without.
 
         Returns:
-            Logits [B, out_channels, *S].
+            Logits [B, out_channels, *S]; in training with ``deep_supervision`` a list, see
+            :meth:`ResidualUNet.forward`.
 
         Raises:
             ValueError: a shape that does not fit, or no residual maps with ``use_rcu``.
@@ -135,7 +139,7 @@ class GRCSF(ResidualUNet, Pretrained):
         compensated = list(features)
         if self.use_gcu:
             for level, unit in enumerate(self.gcu):
-                compensated[level] = unit(features[level], features[level + 1])
+                compensated[level] = self._run(unit, features[level], features[level + 1])
         context = features[-1].flatten(2).mean(dim=2)
 
         def after(level: int, x: Tensor) -> Tensor:
@@ -143,6 +147,6 @@ class GRCSF(ResidualUNet, Pretrained):
                 return x
             # Means over exactly the voxels that a voxel of this level stands for.
             maps = _POOL[self.spatial_dims](residual, x.shape[2:])  # type: ignore[arg-type]
-            return self.rcu[str(level)](x, maps, context)
+            return self._run(self.rcu[str(level)], x, maps, context)
 
         return self.decode(compensated, after)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -67,10 +68,17 @@ class ResidualUNet(nn.Module):
         spatial_dims: 3 for volumes, 2 for images.
         channels: channels of each level, at least two levels.
         blocks_per_level: residual blocks at each level of the encoder and of the decoder.
+        deep_supervision: give the deeper decoder levels heads too, which run in training only.
+
+    Attributes:
+        gradient_checkpointing: in training, compute the activations inside a level again in the
+            backward pass instead of keeping them. No part of the model file.
 
     Raises:
         ValueError: sizes out of range.
     """
+
+    gradient_checkpointing: bool = False
 
     def __init__(
         self,
@@ -80,6 +88,7 @@ class ResidualUNet(nn.Module):
         spatial_dims: int = 3,
         channels: Sequence[int] = (16, 32, 64, 128, 256),
         blocks_per_level: int = 1,
+        deep_supervision: bool = False,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -97,6 +106,7 @@ class ResidualUNet(nn.Module):
             "spatial_dims": spatial_dims,
             "channels": list(channels),
             "blocks_per_level": blocks_per_level,
+            "deep_supervision": deep_supervision,
         }
         dims, blocks = spatial_dims, blocks_per_level
         shallower = (in_channels, *channels[:-1])
@@ -110,6 +120,10 @@ class ResidualUNet(nn.Module):
         )
         self.decoder = nn.ModuleList(_level(dims, 2 * own, own, 1, blocks) for own, _ in pairs)
         self.head = _CONVOLUTIONS[dims](channels[0], out_channels, 1)
+        # Of decoder levels 1, 2, ...
+        self.deep_heads = nn.ModuleList(
+            _CONVOLUTIONS[dims](own, out_channels, 1) for own in channels[1:-1] if deep_supervision
+        )
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Features of every level, the bottleneck last.
@@ -126,7 +140,7 @@ class ResidualUNet(nn.Module):
             )
         features = []
         for level in self.encoder:
-            image = level(image)
+            image = self._run(level, image)
             features.append(image)
         return features
 
@@ -134,25 +148,38 @@ class ResidualUNet(nn.Module):
         self,
         features: Sequence[Tensor],
         after: Callable[[int, Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Logits from the features of every level.
+    ) -> Tensor | list[Tensor]:
+        """Logits from the features of every level; see :meth:`forward`.
 
         Args:
             features: skips, and the bottleneck last.
             after: called with the level and the decoder's output there; what it returns goes on.
         """
         x = features[-1]
+        deep = []
         for level in reversed(range(len(self.decoder))):
             skip = features[level]
             up = self.up[level](x)
             # A level of odd size was rounded up on the way down.
             inside = tuple(slice(size) for size in skip.shape)
             up = up[inside]
-            x = self.decoder[level](torch.cat([skip, up], dim=1))
+            x = self._run(self.decoder[level], torch.cat([skip, up], dim=1))
             if after is not None:
                 x = after(level, x)
-        return self.head(x)
+            if level and self.training and self.deep_heads:
+                deep.append(self.deep_heads[level - 1](x))
+        logits = self.head(x)
+        return [logits, *reversed(deep)] if deep else logits
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits [B, out_channels, *S] of ``image`` [B, in_channels, *S]."""
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Logits [B, out_channels, *S] of ``image`` [B, in_channels, *S].
+
+        In training with ``deep_supervision`` a list: those, and the logits of each deeper decoder
+        level at its own resolution.
+        """
         return self.decode(self.encode(image))
+
+    def _run(self, unit: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(unit, *inputs, use_reentrant=False)
+        return unit(*inputs)

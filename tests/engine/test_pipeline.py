@@ -114,10 +114,10 @@ def test_a_killed_run_ends_with_the_same_bits(folder, tmp_path, monkeypatch, kil
 
     one_step = loop._one_step
 
-    def killed(fabric, model, optimizer, step, config, epoch, index):
-        if (epoch, index) == kill_at:
+    def killed(run, micros):
+        if (micros[0].epoch, micros[0].step) == kill_at:
             raise Killed
-        return one_step(fabric, model, optimizer, step, config, epoch, index)
+        return one_step(run, micros)
 
     monkeypatch.setattr(loop, "_one_step", killed)
     with pytest.raises(Killed):
