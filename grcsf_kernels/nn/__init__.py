@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from grcsf_kernels.nn import convert
+from grcsf_kernels.nn.compensated import CompensatedUNet
 from grcsf_kernels.nn.gcu import GCU
 from grcsf_kernels.nn.masking import complementary_masks, random_masks
 from grcsf_kernels.nn.rcu import RCU
@@ -12,8 +14,10 @@ from grcsf_kernels.nn.squeeze_excitation import SqueezeExcitation
 __all__ = [
     "GCU",
     "RCU",
+    "CompensatedUNet",
     "ResidualMaps",
     "SqueezeExcitation",
     "complementary_masks",
+    "convert",
     "random_masks",
 ]
