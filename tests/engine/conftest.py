@@ -52,14 +52,19 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def folder(tmp_path):
+def cases(folder):
     """Three cases: <case>_image.nii.gz and <case>_label.nii.gz."""
     for index in range(3):
         image, label = blob(index)
-        write(tmp_path / f"data/case{index}_image.nii.gz", image)
-        write(tmp_path / f"data/case{index}_label.nii.gz", label)
-    return tmp_path / "data"
+        write(folder / f"case{index}_image.nii.gz", image)
+        write(folder / f"case{index}_label.nii.gz", label)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of :func:`cases`."""
+    return cases(tmp_path / "data")
 
 
 def optimization(**changes):
