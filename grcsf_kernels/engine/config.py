@@ -123,6 +123,13 @@ class PredictConfig:
     residuals: ResidualsConfig = field(default_factory=ResidualsConfig)
 
 
+@dataclass
+class EvaluateConfig:
+    """grcsf evaluate."""
+
+    cases: int = 20  # whose slices evaluation.html shows, the lowest Dice first
+
+
 Config = TypeVar("Config")
 
 
@@ -206,7 +213,7 @@ def check(config: Any, where: str = "") -> None:
             raise InputError(name, f"is {value}", "expected below 1")
         if entry.name in ("threshold", "mask_ratios") and any(n in (0, 1) for n in numbers):
             raise InputError(name, f"is {value}", "expected between 0 and 1")
-        if entry.name in ("cache_gb", "weight_decay", "warmup_epochs") and value < 0:
+        if entry.name in ("cache_gb", "cases", "weight_decay", "warmup_epochs") and value < 0:
             raise InputError(name, f"is {value}", "expected 0 or more")
         if entry.name == "window" and not value[0] < value[1]:
             raise InputError(name, f"is {value}", "expected the lower bound first")
