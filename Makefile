@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc python tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize sanitize-quick emulate lint format bench gpu-check clean
+.PHONY: demo test sanitize sanitize-quick emulate lint format bench gpu-check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
@@ -40,6 +40,10 @@ bench: $(VENV)/.installed
 # On a machine with a GPU and no network, in the environment that is there: no environment is made.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(CHECK)
+
+# The site, from docs/, the docstrings and the commands: build/site/index.html.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

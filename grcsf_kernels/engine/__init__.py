@@ -6,6 +6,7 @@ from __future__ import annotations
 from grcsf_kernels.engine.config import (
     AutoencoderConfig,
     DataConfig,
+    EvaluateConfig,
     ModelConfig,
     OptimizationConfig,
     PredictConfig,
@@ -26,6 +27,7 @@ from grcsf_kernels.engine.train import train
 __all__ = [
     "AutoencoderConfig",
     "DataConfig",
+    "EvaluateConfig",
     "InputError",
     "ModelConfig",
     "OptimizationConfig",

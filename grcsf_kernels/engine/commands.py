@@ -29,6 +29,7 @@ _CONFIGS = {
     "residuals": engine.ResidualsConfig,
     "train": engine.TrainConfig,
     "predict": engine.PredictConfig,
+    "evaluate": engine.EvaluateConfig,
 }
 
 
@@ -37,6 +38,7 @@ class _Topic(str, Enum):
     residuals = "residuals"
     train = "train"
     predict = "predict"
+    evaluate = "evaluate"
 
 
 Config = TypeVar("Config")
@@ -195,12 +197,21 @@ def evaluate(
     labels: Annotated[Path, typer.Argument(help="Folder of images with labels.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for evaluation.json; that of the masks."),
+        typer.Option("--output", "-o", help="Folder for what is written; that of the masks."),
     ] = None,
+    cases: Annotated[
+        int | None, typer.Option(help="Cases whose slices are shown; before the one in --config.")
+    ] = None,
+    config: Settings = None,
 ) -> engine.Report:
-    """Measure masks against labels: Dice, lesion F1, HD95 and more, per case and mean."""
+    """Measure masks against labels: Dice, lesion F1, HD95 and more, per case and mean.
+
+    Writes evaluation.json, and evaluation.html with plots and slices.
+    """
     report = engine.Report()
-    Console().print(table(engine.evaluate(predictions, labels, output, report)))
+    settings = _settings(engine.EvaluateConfig, config, cases=cases)
+    Console().print(table(engine.evaluate(predictions, labels, output, report, settings)))
+    typer.echo(Path(output or predictions) / "evaluation.html")
     return report
 
 

@@ -169,6 +169,13 @@ class PredictConfig:
     residuals: ResidualsConfig = field(default_factory=ResidualsConfig)
 
 
+@dataclass
+class EvaluateConfig:
+    """grcsf evaluate."""
+
+    cases: int = 20  # whose slices evaluation.html shows, the lowest Dice first
+
+
 Config = TypeVar("Config")
 
 
@@ -248,7 +255,7 @@ _SHARES = (
 )
 _NOT_NEGATIVE = (
     *("cache_gb", "weight_decay", "warmup_epochs", "workers", "checkpoint_every", "overlays"),
-    *("rotation", "noise", "folds", "fold"),
+    *("rotation", "noise", "folds", "fold", "cases"),
 )
 _RANGES = ("scaling", "gamma", "blur", "low_resolution")
 _MAY_BE_EMPTY = ("rcu_levels", "channel_windows")

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
-import numpy as np
 from rich.table import Table
 
+from grcsf_kernels.engine.config import EvaluateConfig, check
 from grcsf_kernels.engine.data import Case, find_labels
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
-from grcsf_kernels.engine.metrics import measure
+from grcsf_kernels.engine.html import write_html
+from grcsf_kernels.engine.metrics import find_lesions, measure
 from grcsf_kernels.engine.report import Report, for_each
+from grcsf_kernels.engine.statistics import sensitivity_by_size, summarize
 from grcsf_kernels.engine.volumes import is_volume, read_label, read_volume, stem
 
 _COLUMNS = {
@@ -30,7 +32,11 @@ _COLUMNS = {
 
 
 def evaluate(
-    predictions: Path, labels: Path, output: Path | None = None, report: Report | None = None
+    predictions: Path,
+    labels: Path,
+    output: Path | None = None,
+    report: Report | None = None,
+    config: EvaluateConfig | None = None,
 ) -> dict[str, Any]:
     """Measure every ``<case>_mask.nii.gz`` against the label of the same case.
 
@@ -38,19 +44,27 @@ def evaluate(
         predictions: the folder of :func:`grcsf_kernels.engine.predict`.
         labels: the folder with the labels, with or without their images; see
             :func:`grcsf_kernels.engine.data.find_labels`.
-        output: gets ``evaluation.json``; None: the folder of the predictions.
+        output: gets ``evaluation.json`` and ``evaluation.html``, which shows the same with
+            pictures; None: the folder of the predictions.
         report: takes the cases that can't be measured; None: only printed.
+        config: settings; None: the defaults.
 
     Returns:
-        ``cases``: the measures by case (:func:`grcsf_kernels.engine.metrics.measure`), and
-        ``mean``: their means over the cases where they are defined. What is not defined (the
-        distance to an empty mask) is None.
+        What ``evaluation.json`` holds. ``cases``: the measures by case
+        (:func:`grcsf_kernels.engine.metrics.measure`); ``mean``: their means over the cases where
+        they are defined; ``summary``: means and medians with intervals
+        (:func:`grcsf_kernels.engine.statistics.summarize`); ``lesions``: volume in mm^3 and
+        whether it was found, of each lesion by case; ``lesions_by_size``: the share of them that
+        was found. What is not defined (the distance to an empty mask) is None.
 
     Raises:
-        InputError: nothing can be measured.
+        InputError: nothing can be measured, or a setting is out of its range.
     """
+    config = EvaluateConfig() if config is None else config
+    check(config)
     report = Report() if report is None else report
     cases: dict[str, dict[str, float | None]] = {}
+    lesions: dict[str, list[tuple[float, bool]]] = {}
 
     def work(case: Case) -> Path:
         assert case.label is not None
@@ -61,7 +75,9 @@ def evaluate(
         label = read_label(case.label, reference)
         mask = read_label(path, reference)
         spacing = nib.affines.voxel_sizes(reference.affine)
-        measures = measure(mask.array > 0, label.array > 0, spacing)
+        both = mask.array > 0, label.array > 0
+        measures = measure(*both, spacing)
+        lesions[case.name] = find_lesions(*both, spacing)
         cases[case.name] = {
             name: None if math.isnan(value) else value for name, value in measures.items()
         }
@@ -76,18 +92,20 @@ def evaluate(
     for_each(known, work, report, "measuring")
     if not cases:
         raise InputError(predictions, "no case can be measured", "see the reasons above")
-    result = {"cases": cases, "mean": _mean(list(cases.values()))}
-    target = Path(output or predictions) / "evaluation.json"
-    write_whole(target, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
+    summary = summarize(list(cases.values()))
+    result = {
+        "cases": cases,
+        "mean": {name: row["mean"] for name, row in summary.items()},
+        "summary": summary,
+        "lesions": {name: [list(lesion) for lesion in found] for name, found in lesions.items()},
+        "lesions_by_size": sensitivity_by_size(lesions.values()),
+    }
+    folder = Path(output or predictions)
+    text = json.dumps(result, indent=1)
+    write_whole(folder / "evaluation.json", lambda temporary: temporary.write_text(text))
+    measured = [case for case in known if case.name in cases]
+    write_html(folder / "evaluation.html", result, measured, predictions, config.cases, report)
     return result
-
-
-def _mean(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
-    means: dict[str, float | None] = {}
-    for name in rows[0]:
-        values = [value for row in rows if (value := row[name]) is not None]
-        means[name] = float(np.mean(values)) if values else None
-    return means
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -44,6 +44,19 @@ def lesion_f1(prediction: np.ndarray, label: np.ndarray) -> tuple[float, int, in
     return (1.0 if total == 0 else 2 * found / total), found, missed, false
 
 
+def find_lesions(
+    prediction: np.ndarray, label: np.ndarray, spacing: Sequence[float]
+) -> list[tuple[float, bool]]:
+    """Volume in mm^3 of every lesion of the label, and whether it was found (:func:`lesion_f1`)."""
+    if not label.any():
+        return []
+    box = ndimage.find_objects(label.astype(np.uint8))[0]
+    lesions, count = ndimage.label(label[box], _NEIGHBORS)
+    sizes = np.bincount(lesions.ravel(), minlength=count + 1) * float(np.prod(spacing))
+    found = set(np.unique(lesions[prediction[box] & label[box]]).tolist())
+    return [(float(sizes[lesion]), lesion in found) for lesion in range(1, count + 1)]
+
+
 def hd95(prediction: np.ndarray, label: np.ndarray, spacing: Sequence[float]) -> float:
     """95th percentile of the symmetric surface distances in mm; NaN where a mask is empty."""
     if not prediction.any() or not label.any():
