@@ -94,6 +94,10 @@ class ResidualsConfig:
     draws: int = 4  # masks for each window
     masking: str = "complementary"  # or random
     overlap: float = 0.5  # of neighboring windows
+    skip_air: bool = False  # no windows in which the image is 0 everywhere; the maps are 0 there
+    accumulate: str = "auto"  # where volumes are: device, cpu, disk, or cpu up to memory_gb
+    memory_gb: float = 4.0  # of volumes, for accumulate: auto; what is more goes to disk
+    precision: str = "float32"  # of the maps while they are kept: float32 or float16
     device: str = "auto"
     seed: int = 0
 
@@ -118,7 +122,16 @@ class PredictConfig:
 
     threshold: float = 0.5
     overlap: float = 0.5  # of neighboring windows
+    batch_size: int = 2  # windows at once; halved where memory runs out
+    mirror_axes: tuple[int, ...] = ()  # mean over mirrored images; n axes take 2^n times as long
+    rcu_threshold: float = 0.0  # RCU patches with a lower score are left as they are; 0: exact
+    min_lesion_mm3: float = 0.0  # smaller components are removed
+    skip_air: bool = False  # no windows in which the image is 0 everywhere; there is no lesion
+    accumulate: str = "auto"  # where volumes are: device, cpu, disk, or cpu up to memory_gb
+    memory_gb: float = 4.0  # of volumes, for accumulate: auto; what is more goes to disk
+    precision: str = "float32"  # of the probabilities while they are kept: float32 or float16
     probabilities: bool = False  # also write <case>_probability.nii.gz
+    uncertainty: bool = False  # also write <case>_uncertainty.nii.gz, bits
     device: str = "auto"
     residuals: ResidualsConfig = field(default_factory=ResidualsConfig)
 
@@ -181,7 +194,12 @@ _POSITIVE = (
     *("epochs", "steps_per_epoch", "batch_size", "learning_rate", "clip_norm", "patch_size"),
     *("crop_size", "spacing", "validation_every", "draws"),
 )
-_SHARES = ("foreground", "validation_fraction", "overlap", "threshold", "mask_ratios")
+_SHARES = (
+    *("foreground", "validation_fraction", "overlap", "threshold", "mask_ratios"),
+    "rcu_threshold",
+)
+_NOT_NEGATIVE = ("cache_gb", "weight_decay", "warmup_epochs", "memory_gb", "min_lesion_mm3")
+_MAY_BE_EMPTY = ("rcu_levels", "mirror_axes")
 
 
 def check(config: Any, where: str = "") -> None:
@@ -196,7 +214,7 @@ def check(config: Any, where: str = "") -> None:
             check(value, f"{name}.")
             continue
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        if value == () and entry.name != "rcu_levels":
+        if value == () and entry.name not in _MAY_BE_EMPTY:
             raise InputError(name, "is an empty list", "expected at least one value")
         if entry.name in _POSITIVE and any(number <= 0 for number in numbers):
             raise InputError(name, f"is {value}", "expected above 0")
@@ -206,8 +224,15 @@ def check(config: Any, where: str = "") -> None:
             raise InputError(name, f"is {value}", "expected below 1")
         if entry.name in ("threshold", "mask_ratios") and any(n in (0, 1) for n in numbers):
             raise InputError(name, f"is {value}", "expected between 0 and 1")
-        if entry.name in ("cache_gb", "weight_decay", "warmup_epochs") and value < 0:
+        if entry.name in _NOT_NEGATIVE and value < 0:
             raise InputError(name, f"is {value}", "expected 0 or more")
+        if entry.name == "mirror_axes" and not (set(value) <= {0, 1, 2}):
+            raise InputError(name, f"is {value}", "expected axes among 0, 1 and 2")
+        if entry.name == "accumulate" and value not in ("auto", "device", "cpu", "disk"):
+            raise InputError(name, f"is {value!r}", "expected auto, device, cpu or disk")
+        kept = entry.name == "precision" and isinstance(config, PredictConfig | ResidualsConfig)
+        if kept and value not in ("float32", "float16"):
+            raise InputError(name, f"is {value!r}", "expected float32 or float16")
         if entry.name == "window" and not value[0] < value[1]:
             raise InputError(name, f"is {value}", "expected the lower bound first")
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from grcsf_kernels.engine.volumes import (
     stem,
 )
 
-_MADE_BY_US = ("_label", "_mask", "_residual", "_probability")
+_MADE_BY_US = ("_label", "_mask", "_residual", "_probability", "_uncertainty")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def find_labels(folder: Path, report: Report) -> list[Case]:
     apart = (folder / "images").is_dir() or any(stem(p).endswith("_image") for p in files)
     if apart or not files:
         return find_cases(folder, report, labels=True)
-    found = [p for p in files if not stem(p).endswith(("_mask", "_residual", "_probability"))]
+    found = [p for p in files if not stem(p).endswith(_MADE_BY_US[1:])]
     if not found:
         raise InputError(folder, "holds no label", "expected <case>_label.nii.gz")
     return [Case(stem(path).removesuffix("_label"), path, path) for path in found]
@@ -146,6 +146,29 @@ class Preprocessing:
         tensor = MetaTensor(channels.contiguous(), affine=torch.as_tensor(volume.affine))
         return self._geometry(tensor)
 
+    def grid(self, shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+        """Size and affine that :meth:`place` gives a volume of a shape and an affine."""
+        # One value, seen as a volume: MONAI works out the geometry without touching voxels.
+        empty = MetaTensor(torch.zeros(1).expand(1, *shape), affine=torch.as_tensor(affine))
+        placed: MetaTensor = empty
+        for step in self._geometry.transforms:
+            placed = step(placed, lazy=True)
+        size = tuple(int(n) for n in placed.peek_pending_shape())
+        return size, np.asarray(placed.peek_pending_affine())
+
+    def intensities(self, slabs: Callable[[], Iterable[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The slabs of a placed volume and what :meth:`image` makes of them.
+
+        Args:
+            slabs: gives the slabs anew at every call: statistics come before values.
+        """
+        normalize = self._intensity
+        if isinstance(normalize, NormalizeIntensity):
+            mean, std = _statistics(slabs)
+            normalize = NormalizeIntensity([mean], [std], nonzero=True, channel_wise=True)
+        for slab in slabs():
+            yield slab, torch.as_tensor(normalize(slab)).as_subclass(Tensor)
+
     def restore(self, maps: Tensor, placed: MetaTensor) -> np.ndarray:
         """[K, *S] in the space of ``placed`` back to the voxels of its file: [X, Y, Z, K]."""
         tensor = MetaTensor(
@@ -155,6 +178,21 @@ class Preprocessing:
         )
         restored = self._geometry.inverse(tensor)
         return np.ascontiguousarray(torch.as_tensor(restored).movedim(0, -1).numpy())
+
+
+def _statistics(slabs: Callable[[], Iterable[Tensor]]) -> tuple[float, float]:
+    """Mean and standard deviation of the values that are not 0; 0 and 1 where there are none."""
+    count, total, square = 0, 0.0, 0.0
+    for slab in slabs():
+        values = slab[slab != 0]
+        count, total = count + values.numel(), total + float(values.sum(dtype=torch.float64))
+    mean = total / max(count, 1)
+    for slab in slabs():
+        values = slab[slab != 0].double().sub_(mean)
+        square += float(values.dot(values))
+    std = (square / max(count, 1)) ** 0.5
+    # A constant has no deviation but what rounding leaves, and stays in its units.
+    return mean, std if std > 1e-7 * abs(mean) else 1.0
 
 
 @dataclass

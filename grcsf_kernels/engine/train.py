@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from monai.inferers import sliding_window_inference
 from monai.losses import DiceFocalLoss
 from monai.transforms import (
     Compose,
@@ -36,6 +35,7 @@ from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import fit, seed_of
 from grcsf_kernels.engine.metrics import dice
 from grcsf_kernels.engine.report import Report, console
+from grcsf_kernels.engine.windows import predict_logits
 from grcsf_kernels.models import GRCSF
 
 
@@ -192,34 +192,6 @@ def _validate(network: nn.Module, samples: Samples, config: TrainConfig) -> floa
         assert sample.label is not None
         scores.append(dice((logits[0] > 0).numpy(), sample.label[0].numpy() > 0))
     return sum(scores) / len(scores)
-
-
-def predict_logits(
-    network: nn.Module,
-    image: Tensor,
-    residual: Tensor | None,
-    crop_size: tuple[int, int, int],
-    device: torch.device,
-    overlap: float = 0.5,
-) -> Tensor:
-    """Logits [1, *S] on the CPU of an image [1, *S] and maps [K, *S], in blended windows."""
-    parts = [torch.as_tensor(image).as_subclass(Tensor)] + ([] if residual is None else [residual])
-
-    def run(window: Tensor) -> Tensor:
-        maps = window[:, 1:] if residual is not None else None
-        return network(window[:, :1], maps).float()
-
-    logits = sliding_window_inference(
-        torch.cat(parts)[None],
-        crop_size,
-        sw_batch_size=2,
-        predictor=run,
-        overlap=overlap,
-        mode="gaussian",
-        sw_device=device,
-        device=torch.device("cpu"),
-    )
-    return torch.as_tensor(logits)[0]
 
 
 def _logger(output: Path) -> Callable[[str, float, int], None]:
