@@ -214,7 +214,7 @@ def check(config: Any, where: str = "") -> None:
             check(value, f"{name}.")
             continue
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        if value == () and entry.name not in _MAY_BE_EMPTY:
+        if isinstance(value, tuple) and not value and entry.name not in _MAY_BE_EMPTY:
             raise InputError(name, "is an empty list", "expected at least one value")
         if entry.name in _POSITIVE and any(number <= 0 for number in numbers):
             raise InputError(name, f"is {value}", "expected above 0")

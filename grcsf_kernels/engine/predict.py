@@ -18,7 +18,8 @@ from grcsf_kernels.engine.cleanup import remove_small
 from grcsf_kernels.engine.config import DataConfig, PredictConfig, check
 from grcsf_kernels.engine.data import Case, Preprocessing, Sample, check_size, find_cases
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.provenance import Provenance, is_finished, remove_leftovers, shard
+from grcsf_kernels.engine.provenance import Provenance, is_finished, remove_leftovers
+from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, for_each
 from grcsf_kernels.engine.residuals import VolumeMaps
 from grcsf_kernels.engine.restore import Placement, place_image, place_maps
@@ -141,6 +142,7 @@ def predict(
         return outputs["mask"]
 
     for_each(shard(find_images(images, report)), work, report, "segmenting")
+    wait_for_others()
     return report
 
 

@@ -9,39 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from grcsf_kernels._version import __version__
 from grcsf_kernels.engine.config import to_dict
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.volumes import read_description
 
-Item = TypeVar("Item")
-
 # Settings that say where something is computed, or which files are wanted beside the mask.
 _NEUTRAL = ("device", "accumulate", "memory_gb", "batch_size", "probabilities", "uncertainty")
-
-
-def shard(items: Sequence[Item]) -> Sequence[Item]:
-    """The share of this process: every n-th, by ``RANK`` and ``WORLD_SIZE`` (torchrun sets them).
-
-    Raises:
-        InputError: variables that are no rank of a world.
-    """
-    texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    try:
-        rank, world = (int(text) for text in texts)
-    except ValueError:
-        rank, world = -1, 0
-    if not 0 <= rank < world:
-        raise InputError(
-            "RANK, WORLD_SIZE", f"are {texts[0]}, {texts[1]}", "expected 0 <= RANK < WORLD_SIZE"
-        )
-    return items[rank::world]
 
 
 def _digest(path: Path) -> bytes:

@@ -18,7 +18,8 @@ from grcsf_kernels.engine.config import ResidualsConfig, check
 from grcsf_kernels.engine.data import Case, Preprocessing, Sample, check_size, find_cases
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import seed_of
-from grcsf_kernels.engine.provenance import Provenance, is_finished, remove_leftovers, shard
+from grcsf_kernels.engine.provenance import Provenance, is_finished, remove_leftovers
+from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, for_each
 from grcsf_kernels.engine.restore import Placement, place_image
 from grcsf_kernels.engine.scratch import Scratch, slabs
@@ -202,4 +203,5 @@ def cache_residuals(
         return write_volume(path, restored, volume, description)
 
     for_each(cases, work, report, "residual maps")
+    wait_for_others()
     return report

@@ -52,7 +52,8 @@ def gated(
         if 0 in region.counts:
             continue
         own, other = _patches(x, region), _patches(flat, region)
-        found = _scores(own, other, weight1, bias1, weight2, bias2)
+        with torch.autocast(x.device.type, enabled=False):
+            found = _scores(own, other, weight1, bias1, weight2, bias2)
         scores[region.grid] = found
         chosen = found >= threshold
         if not chosen.any():
@@ -61,7 +62,7 @@ def gated(
         weights = (*attention, weight1, bias1[chosen.nonzero()[:, 0]], weight2, bias2)
         chosen_maps = other[chosen].unflatten(1, (maps, map_channels))
         compensated, _ = rcu(own[chosen], chosen_maps, *weights, patch_size=None)
-        _patches(out, region)[chosen] = compensated
+        _patches(out, region)[chosen] = compensated.to(out.dtype)  # autocast lowers it
     return out, scores
 
 
@@ -79,6 +80,6 @@ def _scores(own: Tensor, other: Tensor, *weights: Tensor) -> Tensor:
     weight1, bias1, weight2, bias2 = weights
     axes = tuple(range(-(own.ndim - 2) // 2, 0))
     means = torch.cat([part.mean(axes, dtype=weight1.dtype) for part in (own, other)], dim=-1)
-    bias = bias1.view(bias1.shape[0], *[1] * len(axes), -1)
+    bias = bias1.view(bias1.shape[0], *[1] * len(axes), bias1.shape[1])
     hidden = torch.relu(means @ weight1.mT + bias)
     return torch.sigmoid(hidden @ weight2 + bias2)
