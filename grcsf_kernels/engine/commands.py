@@ -16,6 +16,7 @@ from rich.console import Console
 from grcsf_kernels import engine
 from grcsf_kernels.engine.config import dump_config
 from grcsf_kernels.engine.evaluate import table
+from grcsf_kernels.engine.report import console
 
 app = typer.Typer(
     help="Lesion segmentation with GRCSF: pretrain, residuals, train, predict, evaluate.",
@@ -54,6 +55,7 @@ Autoencoders = Annotated[
     list[Path] | None,
     typer.Option("--autoencoder", "-a", help="A file of grcsf pretrain; once for each map."),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make finished cases again.")]
 
 
 def _command(function: Callable[..., engine.Report | None]) -> Callable[..., None]:
@@ -77,9 +79,10 @@ def _command(function: Callable[..., engine.Report | None]) -> Callable[..., Non
             typer.echo(f"{label}: {problem} and the permissions", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
-            typer.echo("stopped: the last state is kept, the same call goes on", err=True)
+            typer.echo("stopped: what is finished is kept, the same call goes on", err=True)
             raise typer.Exit(130) from None
-        if report is not None and report.failed and rank == "0":
+        # A process of a training that is not the first has read the same cases as the first.
+        if report is not None and report.failed and not console.quiet:
             typer.echo(f"{len(report.failed)} input(s) skipped, see above", err=True)
             raise typer.Exit(1)
 
@@ -129,13 +132,17 @@ def residuals(
     data: Data,
     output: Output,
     autoencoder: Autoencoders = None,
+    overwrite: Overwrite = False,
     config: Settings = None,
     device: Device = None,
     seed: Seed = None,
 ) -> engine.Report:
-    """Write the residual maps of every image: <case>_residual.nii.gz, one map after the other."""
+    """Write the residual maps of every image: <case>_residual.nii.gz, one map after the other.
+
+    Cases that are finished are kept, and shared under torchrun, as by grcsf predict.
+    """
     settings = _settings(engine.ResidualsConfig, config, device=device, seed=seed)
-    return engine.cache_residuals(data, autoencoder or [], output, settings)
+    return engine.cache_residuals(data, autoencoder or [], output, settings, overwrite=overwrite)
 
 
 @_command
@@ -164,8 +171,14 @@ def train(
 
 @_command
 def predict(
-    images: Annotated[Path, typer.Argument(help="A NIfTI file, or a folder of them.")],
-    checkpoint: Annotated[Path, typer.Option("--model", "-m", help="The file of grcsf train.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="NIfTI files, folders of them, or .txt files with one path a line."),
+    ],
+    checkpoint: Annotated[
+        list[Path],
+        typer.Option("--model", "-m", help="A file of grcsf train; several are an ensemble."),
+    ],
     output: Output,
     autoencoder: Autoencoders = None,
     residuals: Annotated[
@@ -174,21 +187,38 @@ def predict(
     probabilities: Annotated[
         bool | None, typer.Option("--probabilities", help="Write the probabilities as well.")
     ] = None,
+    uncertainty: Annotated[
+        bool | None, typer.Option("--uncertainty", help="Write their entropy in bits as well.")
+    ] = None,
     threshold: Annotated[float | None, typer.Option(help="Before the one in --config.")] = None,
+    overwrite: Overwrite = False,
     config: Settings = None,
     device: Device = None,
 ) -> engine.Report:
-    """Segment images: <case>_mask.nii.gz in the image's own space."""
+    """Segment images: <case>_mask.nii.gz in the image's own space.
+
+    Cases that are finished are kept: the same call goes on where a stopped one was. Under torchrun
+    every process does its share.
+    """
     settings = _settings(
         engine.PredictConfig,
         config,
         device=device,
         probabilities=probabilities,
+        uncertainty=uncertainty,
         threshold=threshold,
     )
     if device is not None:
         settings.residuals.device = device
-    return engine.predict(images, checkpoint, output, settings, autoencoder or [], residuals)
+    return engine.predict(
+        images if len(images) > 1 else images[0],
+        checkpoint,
+        output,
+        settings,
+        autoencoder or [],
+        residuals,
+        overwrite=overwrite,
+    )
 
 
 @_command

@@ -71,7 +71,7 @@ class OptimizationConfig:
     epochs: int = 200
     steps_per_epoch: int = 100
     batch_size: int = 2  # crops that go through the network together, on each process
-    accumulate: int = 1  # such batches for one step of the optimizer
+    accumulate_batches: int = 1  # such batches for one step of the optimizer
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
     warmup_epochs: float = 2.0
@@ -108,6 +108,10 @@ class ResidualsConfig:
     draws: int = 4  # masks for each window
     masking: str = "complementary"  # or random
     overlap: float = 0.5  # of neighboring windows
+    skip_air: bool = False  # no windows in which the image is 0 everywhere; the maps are 0 there
+    accumulate: str = "auto"  # where volumes are: device, cpu, disk, or cpu up to memory_gb
+    memory_gb: float = 4.0  # of volumes, for accumulate: auto; what is more goes to disk
+    precision: str = "float32"  # of the maps while they are kept: float32 or float16
     device: str = "auto"
     seed: int = 0
 
@@ -164,7 +168,16 @@ class PredictConfig:
 
     threshold: float = 0.5
     overlap: float = 0.5  # of neighboring windows
+    batch_size: int = 2  # windows at once; halved where memory runs out
+    mirror_axes: tuple[int, ...] = ()  # mean over mirrored images; n axes take 2^n times as long
+    rcu_threshold: float = 0.0  # RCU patches with a lower score are left as they are; 0: exact
+    min_lesion_mm3: float = 0.0  # smaller components are removed
+    skip_air: bool = False  # no windows in which the image is 0 everywhere; there is no lesion
+    accumulate: str = "auto"  # where volumes are: device, cpu, disk, or cpu up to memory_gb
+    memory_gb: float = 4.0  # of volumes, for accumulate: auto; what is more goes to disk
+    precision: str = "float32"  # of the probabilities while they are kept: float32 or float16
     probabilities: bool = False  # also write <case>_probability.nii.gz
+    uncertainty: bool = False  # also write <case>_uncertainty.nii.gz, bits
     device: str = "auto"
     residuals: ResidualsConfig = field(default_factory=ResidualsConfig)
 
@@ -247,18 +260,18 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 _POSITIVE = (
     *("epochs", "steps_per_epoch", "batch_size", "learning_rate", "clip_norm", "patch_size"),
-    *("crop_size", "spacing", "validation_every", "draws", "accumulate", "timeout_minutes"),
+    *("crop_size", "spacing", "validation_every", "draws", "accumulate_batches", "timeout_minutes"),
 )
 _SHARES = (
     *("foreground", "validation_fraction", "overlap", "threshold", "mask_ratios", "ema_decay"),
-    *("brightness", "contrast"),
+    *("brightness", "contrast", "rcu_threshold"),
 )
 _NOT_NEGATIVE = (
     *("cache_gb", "weight_decay", "warmup_epochs", "workers", "checkpoint_every", "overlays"),
-    *("rotation", "noise", "folds", "fold", "cases"),
+    *("rotation", "noise", "folds", "fold", "cases", "memory_gb", "min_lesion_mm3"),
 )
 _RANGES = ("scaling", "gamma", "blur", "low_resolution")
-_MAY_BE_EMPTY = ("rcu_levels", "channel_windows")
+_MAY_BE_EMPTY = ("rcu_levels", "channel_windows", "mirror_axes")
 
 
 def check(config: Any, where: str = "") -> None:
@@ -286,6 +299,13 @@ def check(config: Any, where: str = "") -> None:
             raise InputError(name, f"is {value}", "expected between 0 and 1")
         if entry.name in _NOT_NEGATIVE and any(number < 0 for number in numbers):
             raise InputError(name, f"is {value}", "expected 0 or more")
+        if entry.name == "mirror_axes" and not (set(value) <= {0, 1, 2}):
+            raise InputError(name, f"is {value}", "expected axes among 0, 1 and 2")
+        if entry.name == "accumulate" and value not in ("auto", "device", "cpu", "disk"):
+            raise InputError(name, f"is {value!r}", "expected auto, device, cpu or disk")
+        kept = entry.name == "precision" and isinstance(config, PredictConfig | ResidualsConfig)
+        if kept and value not in ("float32", "float16"):
+            raise InputError(name, f"is {value!r}", "expected float32 or float16")
         windows = {"window": (value,), "channel_windows": value}.get(entry.name, ())
         if any(not low < high for low, high in windows):
             raise InputError(name, f"is {value}", "expected the lower bound first")

@@ -18,7 +18,7 @@ from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.report import Report
 from grcsf_kernels.engine.volumes import SUFFIXES, is_volume, stem
 
-_MADE_BY_US = ("_label", "_mask", "_residual", "_probability")
+_MADE_BY_US = ("_label", "_mask", "_residual", "_probability", "_uncertainty")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _WANTED = (
     "expected <case>_image.nii.gz and <case>_label.nii.gz, images/ and labels/, an nnU-Net raw "
@@ -116,7 +116,7 @@ def find_labels(
     apart = (folder / "images").is_dir() or any(stem(p).endswith("_image") for p in files)
     if apart or not files:
         return find_cases(folder, report, labels=True, lesion_labels=lesion_labels)
-    found = [p for p in files if not stem(p).endswith(("_mask", "_residual", "_probability"))]
+    found = [p for p in files if not stem(p).endswith(_MADE_BY_US[1:])]
     if not found:
         raise InputError(folder, "holds no label", "expected <case>_label.nii.gz")
     return [Case(stem(path).removesuffix("_label"), path, path) for path in found]

@@ -70,9 +70,9 @@ class _Steps(Dataset):
     def __getitem__(self, number: int) -> list[MicroBatch] | tuple[str, str, str]:
         config, size = self._config, self._config.batch_size
         epoch, step = divmod(number, config.steps_per_epoch)
-        total = size * config.accumulate * self._world
+        total = size * config.accumulate_batches * self._world
         made = []
-        for micro in range(config.accumulate):
+        for micro in range(config.accumulate_batches):
             first = (micro * self._world + self._rank) * size
             try:
                 pairs = [self._crops(epoch, step * total + first + i) for i in range(size)]

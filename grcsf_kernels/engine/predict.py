@@ -1,116 +1,368 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentation of images with a trained network."""
+"""Segmentation of images with trained networks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
+from torch import Tensor, nn
 
-from grcsf_kernels.engine.checkpoint import load_checkpoint
-from grcsf_kernels.engine.config import PredictConfig, check
+from grcsf_kernels.engine.checkpoint import Checkpoint, load_checkpoint
+from grcsf_kernels.engine.cleanup import remove_small
+from grcsf_kernels.engine.config import DataConfig, PredictConfig, check
 from grcsf_kernels.engine.data import (
     Case,
     Preprocessing,
+    Sample,
     check_channels,
     check_size,
     find_cases,
-    load_sample,
+    residual_path,
 )
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.loop import make_fabric
+from grcsf_kernels.engine.finished import Provenance, is_finished, remove_leftovers
 from grcsf_kernels.engine.provenance import compare_maps, read_maps
+from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, console, for_each
 from grcsf_kernels.engine.residuals import VolumeMaps
-from grcsf_kernels.engine.train import predict_logits
-from grcsf_kernels.engine.volumes import write_volume
-from grcsf_kernels.models import GRCSF
+from grcsf_kernels.engine.restore import Placement, place_image, place_maps
+from grcsf_kernels.engine.scratch import Scratch
+from grcsf_kernels.engine.volumes import read_image, read_residual, write_volume
+from grcsf_kernels.engine.windows import (
+    SlidingWindow,
+    inference_device,
+    mirrors_of,
+    network_predictor,
+    out_of_memory_named,
+)
+from grcsf_kernels.nn import RCU
 
 
 def predict(
-    images: Path,
-    checkpoint: Path,
+    images: Path | Sequence[Path],
+    checkpoint: Path | Sequence[Path],
     output: Path,
     config: PredictConfig,
     autoencoders: Sequence[Path] = (),
     residuals: Path | None = None,
     report: Report | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Report:
-    """Segment an image or the images of a folder.
+    """Segment images.
+
+    A case whose outputs are there, whole, and from the same image, models and settings is finished
+    and kept. So the same call goes on where a stopped one was, and with the environment variables
+    ``RANK`` and ``WORLD_SIZE`` (torchrun sets them) each process takes every n-th case. What goes
+    wrong with one case is reported and stops no other, but for a full disk.
 
     Args:
-        images: one NIfTI file or a folder.
-        checkpoint: the model file of :func:`grcsf_kernels.engine.train`.
+        images: a NIfTI file, a folder, a ``.txt`` file with one path a line, or several of them.
+        checkpoint: the model file of :func:`grcsf_kernels.engine.train`; several are an ensemble,
+            of which the mean probability counts.
         output: gets ``<case>_mask.nii.gz`` (uint8, 0 and 1) in the image's own space, and on
-            request ``<case>_probability.nii.gz`` (float32).
+            request ``<case>_probability.nii.gz`` (float32) and ``<case>_uncertainty.nii.gz``
+            (float32, entropy of the probability in bits).
         config: settings.
         autoencoders: model files that make the residual maps; for a network with an RCU, these or
             ``residuals``.
         residuals: the folder of :func:`grcsf_kernels.engine.cache_residuals`.
-        report: takes what was done and skipped; None: a new one.
+        report: takes what was done (finished before or now) and skipped; None: a new one.
+        overwrite: make finished cases again.
 
     Returns:
         The report.
 
     Raises:
-        InputError: no image, or model files that can't be used.
+        InputError: no image, two of one name, or model files that can't be used or do not belong
+            together.
+        OSError: the disk is full.
     """
     report = Report() if report is None else report
     check(config)
-    loaded = load_checkpoint(checkpoint, "GRCSF")
-    model = loaded.model
-    assert isinstance(model, GRCSF)
+    paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
+    ensemble = _Ensemble.load(paths, config)
     maps = None
-    if model.use_rcu and residuals is None:
+    if ensemble.num_maps and residuals is None:
         if not autoencoders:
             raise InputError(
-                checkpoint,
+                paths[0],
                 "has region compensation units and needs residual maps",
                 "name the autoencoders (--autoencoder) or the cached maps (--residuals)",
             )
         maps = VolumeMaps(autoencoders, config.residuals)
-        if maps.data != loaded.data:
+        if maps.data != ensemble.data:
             raise InputError(
                 autoencoders[0],
                 "was trained with other preprocessing than the segmentation model",
                 "use the autoencoders that its residual maps came from",
             )
-    if model.use_rcu:
-        where = autoencoders[0] if residuals is None else residuals
+    if ensemble.num_maps:
+        where = Path(autoencoders[0] if residuals is None else residuals)
         made_by = read_maps(where) if maps is None else maps.description
-        for note in compare_maps(loaded.maps, made_by, where):
-            console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    device = make_fabric(config.device).device
-    model.to(device)
-    preprocessing = Preprocessing(loaded.data)
+        for trained in ensemble.made_by:
+            for note in compare_maps(trained, made_by, where):
+                console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    preprocessing = Preprocessing(ensemble.data)
+    provenance = Provenance(config, [*paths, *(autoencoders if maps is not None else ())])
+    Path(output).mkdir(parents=True, exist_ok=True)
+    kinds = ["mask"] + ["probability"] * config.probabilities + ["uncertainty"] * config.uncertainty
 
-    @torch.no_grad()
+    @out_of_memory_named
     def work(case: Case) -> Path:
-        folder = residuals if model.use_rcu else None
-        sample = load_sample(case, preprocessing, residuals=folder)
-        check_channels(sample, int(model.config["in_channels"]), "the model takes")  # type: ignore[call-overload]
+        outputs = {kind: Path(output) / f"{case.name}_{kind}.nii.gz" for kind in kinds}
+        cached = None
+        if ensemble.num_maps and residuals is not None:
+            cached = residual_path(residuals, case)
+            if not cached.is_file():
+                raise InputError(
+                    cached, "does not exist", "run grcsf residuals on the same data first"
+                )
+        inputs = [*case.images, *([] if cached is None else [cached])]
+        description = provenance.of(case.name, inputs)
+        if not overwrite and is_finished(outputs.values(), description):
+            return outputs["mask"]
+        remove_leftovers(outputs.values())
+        scratch = Scratch(output, config.accumulate, config.memory_gb * 1e9)
+        volume = read_image(case.images, scratch)
+        placement = Placement.of(volume, preprocessing)
+        image = place_image(volume, placement, preprocessing, scratch)
+        sample = Sample(case, volume, MetaTensor(image))
+        check_channels(sample, ensemble.channels, "the model takes")
+        shape = volume.array.shape[:3]
+        if cached is not None:
+            kept = read_residual(cached, volume, scratch)
+            sample.residual = place_maps(kept, placement, config.precision, scratch)
+            del kept
+        volume.array = np.empty((0, 0, 0), np.float32)
         if maps is not None:
             check_size(sample, maps.patch, "the autoencoder's patch")
-            sample.residual = maps(sample.image, case.name)
-        if sample.residual is not None and sample.residual.shape[0] != model.num_maps:
+            own = config.residuals
+            store = Scratch(output, own.accumulate, own.memory_gb * 1e9)
+            sample.residual = maps(sample.image, case.name, store)
+        probability = ensemble.probability(sample, scratch)
+        del sample, image
+        results = _restored(probability, placement, shape, kinds, config, scratch)
+        del probability
+        if config.min_lesion_mm3:
+            voxel = abs(float(np.linalg.det(volume.affine[:3, :3])))
+            remove_small(results["mask"], voxel, config.min_lesion_mm3, scratch)
+        # The mask last: it is what says that a case is done.
+        for kind in reversed(kinds):
+            write_volume(outputs[kind], results.pop(kind), volume, description)
+        return outputs["mask"]
+
+    cases = find_images(images, report, ensemble.data.bids_suffixes)
+    for_each(shard(cases), work, report, "segmenting")
+    wait_for_others()
+    return report
+
+
+def find_images(
+    images: Path | Sequence[Path], report: Report, suffixes: Sequence[str] = ("T1w",)
+) -> list[Case]:
+    """The cases of files, folders and ``.txt`` files with one path a line, by name.
+
+    Paths in a text file that are not absolute start at its folder. A path of several that can't be
+    used is reported; a single one is an error.
+
+    Raises:
+        InputError: there is no image, or there are two of one name, whose masks would be one file.
+    """
+    if isinstance(images, str | Path):
+        paths, several = [Path(images)], False
+    else:
+        paths, several = [Path(path) for path in images], True
+    listed: list[Path] = []
+    for path in paths:
+        if path.suffix == ".txt" and path.is_file():
+            several = True
+            lines = (line.strip() for line in path.read_text().splitlines())
+            listed += [path.parent / line for line in lines if line]
+        else:
+            listed.append(path)
+    cases: list[Case] = []
+    for path in listed:
+        try:
+            cases += find_cases(path, report, labels=False, suffixes=suffixes)
+        except InputError as error:
+            if not several:
+                raise
+            report.skip(path, str(error))
+    if not cases:
+        where = ", ".join(str(path) for path in paths) or "images"
+        raise InputError(where, "no image was found", "name NIfTI files or folders of them")
+    cases = list(dict.fromkeys(cases))
+    name, count = Counter(case.name for case in cases).most_common(1)[0]
+    if count > 1:
+        both = [case.image for case in cases if case.name == name]
+        raise InputError(
+            both[1],
+            f"gives the same case name {name!r} as {both[0]}",
+            "rename one, or segment them into two folders",
+        )
+    return sorted(cases, key=lambda case: case.name)
+
+
+@dataclass
+class _Ensemble:
+    """Networks of which the mean probability counts.
+
+    Attributes:
+        members: the networks on the device, with the windows of each.
+        data: the preprocessing of all.
+        channels: of the images that they take.
+        num_maps: residual maps that they take; 0: none does.
+        made_by: what made the maps that each was trained with, as far as it is known.
+        config: settings.
+    """
+
+    members: list[tuple[nn.Module, int, SlidingWindow]]
+    data: DataConfig
+    channels: int
+    num_maps: int
+    made_by: list[dict[str, Any] | None]
+    config: PredictConfig
+
+    @classmethod
+    def load(cls, paths: Sequence[Path], config: PredictConfig) -> _Ensemble:
+        """The networks of model files, with the settings that concern them."""
+        if not paths:
+            raise InputError("model", "none was given", "name the file of grcsf train")
+        loaded = [load_checkpoint(path, "GRCSF") for path in paths]
+        data, num_maps = loaded[0].data, 0
+        channels = _channels_of(loaded[0])
+        for path, checkpoint in zip(paths, loaded, strict=True):
+            if checkpoint.data != data:
+                raise InputError(
+                    path,
+                    f"was trained with other preprocessing than {paths[0]}",
+                    "use models of one training configuration",
+                )
+            if _channels_of(checkpoint) != channels:
+                raise InputError(
+                    path,
+                    f"takes images of {_channels_of(checkpoint)} channel(s), and another model "
+                    f"{channels}",
+                    "use models of one training configuration",
+                )
+            count = _maps_of(checkpoint)
+            if count and num_maps not in (0, count):
+                raise InputError(
+                    path,
+                    f"takes {count} residual maps, and another model {num_maps}",
+                    "use models of one training configuration",
+                )
+            num_maps = count or num_maps
+        device = inference_device(config.device)
+        scratch = Scratch(Path(), config.accumulate, 0)
+        members = []
+        for checkpoint in loaded:
+            for module in checkpoint.model.modules():
+                if isinstance(module, RCU):
+                    module.score_threshold = config.rcu_threshold
+            windows = SlidingWindow(
+                checkpoint.crop_size,
+                config.overlap,
+                config.batch_size,
+                device,
+                scratch.sums_on(device),
+                config.skip_air,
+            )
+            members.append((checkpoint.model.to(device), _maps_of(checkpoint), windows))
+        made_by = [checkpoint.maps for checkpoint in loaded if _maps_of(checkpoint)]
+        return cls(members, data, channels, num_maps, made_by, config)
+
+    def probability(self, sample: Sample, scratch: Scratch) -> Tensor:
+        """Mean over networks and mirrored windows, [1, *S]: blended logits, then the sigmoid."""
+        if sample.residual is not None and sample.residual.shape[0] != self.num_maps:
             raise InputError(
-                case.image,
+                sample.case.image,
                 f"has {sample.residual.shape[0]} residual maps, and the model takes "
-                f"{model.num_maps}",
+                f"{self.num_maps}",
                 "use the autoencoders that the model was trained with",
             )
-        logits = predict_logits(
-            model, sample.image, sample.residual, loaded.crop_size, device, config.overlap
-        )
-        probability = preprocessing.restore(torch.sigmoid(logits), sample.image)[..., 0]
-        if config.probabilities:
-            path = Path(output) / f"{case.name}_probability.nii.gz"
-            write_volume(path, probability.astype(np.float32), sample.volume)
-        mask = (probability >= config.threshold).astype(np.uint8)
-        return write_volume(Path(output) / f"{case.name}_mask.nii.gz", mask, sample.volume)
+        passes = [
+            (network, count, windows, mirrored)
+            for network, count, windows in self.members
+            for mirrored in mirrors_of(sorted(set(self.config.mirror_axes)))
+        ]
+        device = self.members[0][2].device
+        space = sample.image.shape[1:]
+        mean = scratch.results(1, space, self.config.precision, device)
+        for index, (network, count, windows, mirrored) in enumerate(passes):
+            take = _add_to(mean, 1 / len(passes), index == 0, self.config.skip_air)
+            sources = [sample.image.as_tensor()]
+            if count:
+                assert sample.residual is not None
+                sources.append(sample.residual)
+            windows(network_predictor(network, count, mirrored), sources, 1, take, scratch.release)
+        return mean
 
-    cases = find_cases(images, report, labels=False, suffixes=loaded.data.bids_suffixes)
-    for_each(cases, work, report, "segmenting")
-    return report
+
+def _channels_of(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.model.config["in_channels"])  # type: ignore[index]
+
+
+def _maps_of(checkpoint: Checkpoint) -> int:
+    model = checkpoint.model
+    return int(model.num_maps) if model.use_rcu else 0  # type: ignore[arg-type]
+
+
+def _add_to(
+    mean: Tensor, share: float, first: bool, skip_air: bool
+) -> Callable[[slice, Tensor], None]:
+    """Adds the probabilities of logits to their mean."""
+
+    def take(planes: slice, logits: Tensor) -> None:
+        probability = torch.sigmoid(logits) * share
+        if skip_air:  # not a number where no window covers the voxel
+            probability = probability.nan_to_num(nan=0.0)
+        probability = probability.to(mean.device)
+        slab = mean[..., planes]
+        slab.copy_(probability if first else slab + probability)
+
+    return take
+
+
+def entropy(probability: np.ndarray) -> np.ndarray:
+    """Of a lesion that is there with a probability, in bits: 0 (certain) to 1 (p = 0.5)."""
+    inside = np.clip(probability, 1e-12, 1 - 1e-7)
+    bits = -(inside * np.log2(inside) + (1 - inside) * np.log2(1 - inside))
+    return np.where((probability <= 0) | (probability >= 1), 0, bits).astype(np.float32)
+
+
+def _restored(
+    probability: Tensor,
+    placement: Placement,
+    shape: tuple[int, ...],
+    kinds: Sequence[str],
+    config: PredictConfig,
+    scratch: Scratch,
+) -> dict[str, np.ndarray]:
+    """Mask, and what was asked for beside it, [X, Y, Z] in the space of the file."""
+    types: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "mask": lambda p: p >= config.threshold,
+        "probability": lambda p: p,
+        "uncertainty": entropy,
+    }
+    results = {
+        kind: scratch.volume(1, shape, np.uint8 if kind == "mask" else np.float32)[0]
+        for kind in kinds
+    }
+    if not placement.whole:  # there is nothing outside of the foreground
+        for result in results.values():
+            result[...] = 0
+    views = {kind: placement.turn(result)[0] for kind, result in results.items()}
+    for planes, values in placement.restore(probability):
+        for kind, view in views.items():
+            view[..., planes] = types[kind](values[0])
+        scratch.release()
+    return results

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from grcsf_kernels.engine.config import DataConfig
 from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.scratch import slabs
 from grcsf_kernels.engine.volumes import Volume
 
 # First and last voxel (exclusive) of the foreground per axis, in RAS orientation.
@@ -61,11 +64,50 @@ class Preprocessing:
         placed = self.place(volume, self.box(volume) if box is None else box)
         if self.config.intensity == "zscore":
             return _meta(self._intensity(placed))
-        for channel, window in enumerate(self._windows(placed.shape[0], volume)):
-            # From 0: volumes are padded with 0, which has to be the least dense value.
-            scale = ScaleIntensityRange(*window, 0.0, 1.0, clip=True)
-            placed[channel] = torch.as_tensor(scale(_plain(placed[channel])))
+        for channel, scale in zip(placed, self._scales(placed.shape[0], volume), strict=True):
+            channel.copy_(_plain(scale(_plain(channel))))
         return placed
+
+    def intensities(
+        self, volume: Volume, pieces: Callable[[], Iterable[Tensor]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces [C, X, Y, planes] of a placed volume and what :meth:`image` makes of them.
+
+        Args:
+            volume: which, for the messages.
+            pieces: gives the pieces anew at every call: statistics come before values.
+
+        Raises:
+            InputError: as for :meth:`image`.
+        """
+        if self.config.intensity == "zscore":
+            means, deviations = _statistics(pieces)
+            normalize = NormalizeIntensity(means, deviations, nonzero=True, channel_wise=True)
+            for piece in pieces():
+                yield piece, _plain(normalize(piece))
+            return
+        for piece in pieces():
+            scales = self._scales(piece.shape[0], volume)
+            scaled = [_plain(scale(channel)) for channel, scale in zip(piece, scales, strict=True)]
+            yield piece, torch.stack(scaled)
+
+    def grid(
+        self, shape: Sequence[int], affine: np.ndarray, box: Box | None = None
+    ) -> tuple[tuple[int, ...], np.ndarray]:
+        """Size and affine that :meth:`place` gives a volume of a shape and an affine."""
+        # One value, seen as a volume: MONAI works out the geometry without touching voxels.
+        seen = MetaTensor(torch.zeros(1).expand(1, *shape), affine=torch.as_tensor(affine))
+        placed = _meta(self._orientation(seen, lazy=True))
+        size, affine = _pending(placed)
+        if box is not None:
+            start, end = box
+            moved = np.eye(4)
+            moved[:3, 3] = start
+            size, affine = tuple(int(n) for n in np.subtract(end, start)), affine @ moved
+        if self._spacing is not None:
+            seen = MetaTensor(torch.zeros(1).expand(1, *size), affine=torch.as_tensor(affine))
+            size, affine = _pending(_meta(self._spacing(seen, lazy=True)))
+        return size, affine
 
     def place(self, volume: Volume, box: Box | None = None) -> MetaTensor:
         """[K, *S] in RAS orientation within ``box`` (None: all) at the spacing, linear."""
@@ -110,10 +152,19 @@ class Preprocessing:
         """
         if not self.config.crop_foreground:
             return None
-        placed = _meta(self._orientation(_tensor(volume)))
-        if not self._is_foreground(placed).any():
-            return np.zeros(3, int), np.array(placed.shape[1:])
-        return self._foreground.compute_bounding_box(placed)
+        image = turned(volume.array, volume.affine)
+        size = image.shape[1:]
+        found = [np.zeros(n, bool) for n in size]
+        for planes in slabs(size[0] * size[1] * image.shape[0], size[2]):
+            piece = torch.from_numpy(np.ascontiguousarray(image[..., planes]))
+            inside = self._is_foreground(piece).any(dim=0).numpy()
+            found[0] |= inside.any(axis=(1, 2))
+            found[1] |= inside.any(axis=(0, 2))
+            found[2][planes] = inside.any(axis=(0, 1))
+        if not found[0].any():
+            return np.zeros(3, int), np.array(size)
+        ends = [np.flatnonzero(axis)[[0, -1]] for axis in found]
+        return np.array([end[0] for end in ends]), np.array([end[1] + 1 for end in ends])
 
     def restore(self, maps: Tensor, placed: MetaTensor) -> np.ndarray:
         """[K, *S] in the space of ``placed`` back to the voxels of its file: [X, Y, Z, K].
@@ -145,7 +196,8 @@ class Preprocessing:
             placed = _meta(self._foreground.crop_pad(placed, start, end))
         return placed
 
-    def _windows(self, channels: int, volume: Volume) -> tuple[tuple[float, float], ...]:
+    def _scales(self, channels: int, volume: Volume) -> list[Transform]:
+        """One for each channel."""
         windows = self.config.channel_windows or (self.config.window,) * channels
         if len(windows) != channels:
             raise InputError(
@@ -153,7 +205,8 @@ class Preprocessing:
                 f"has {channels} channel(s)",
                 f"expected {len(windows)}, one for each of data.channel_windows",
             )
-        return windows
+        # From 0: volumes are padded with 0, which has to be the least dense value.
+        return [ScaleIntensityRange(*window, 0.0, 1.0, clip=True) for window in windows]
 
     def _is_foreground(self, image: Tensor) -> Tensor:
         if self.config.intensity == "zscore":
@@ -161,6 +214,39 @@ class Preprocessing:
         windows = self.config.channel_windows or (self.config.window,) * image.shape[0]
         lower = torch.tensor([low for low, _ in windows[: image.shape[0]]])
         return image > lower[:, None, None, None]
+
+
+def turned(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The view [C, X, Y, Z] in RAS order of a file's array [X, Y, Z] or [X, Y, Z, C]."""
+    view = nib.orientations.apply_orientation(array, nib.orientations.io_orientation(affine))
+    return view[None] if view.ndim == 3 else np.moveaxis(view, -1, 0)
+
+
+def _pending(tensor: MetaTensor) -> tuple[tuple[int, ...], np.ndarray]:
+    """Size and affine after the lazy operations on a tensor."""
+    size = tuple(int(n) for n in tensor.peek_pending_shape())
+    return size, np.asarray(tensor.peek_pending_affine())
+
+
+def _statistics(pieces: Callable[[], Iterable[Tensor]]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel's values that are not 0; 0 and 1 where there are none."""
+    count = total = torch.zeros(0)
+    for piece in pieces():
+        values = piece.flatten(1)
+        sums = values.sum(dim=1, dtype=torch.float64)
+        numbers = values.count_nonzero(dim=1)
+        count = numbers if not len(count) else count + numbers
+        total = sums if not len(total) else total + sums
+    mean = total / count.clamp(min=1)
+    square = torch.zeros_like(mean)
+    for piece in pieces():
+        for channel, values in enumerate(piece):
+            off = values[values != 0].double().sub_(mean[channel])
+            square[channel] += off.dot(off)
+    deviation = (square / count.clamp(min=1)).sqrt()
+    # A constant has no deviation but what rounding leaves, and stays in its units.
+    kept = torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.ones_like(deviation))
+    return mean.tolist(), kept.tolist()
 
 
 def _tensor(volume: Volume) -> MetaTensor:

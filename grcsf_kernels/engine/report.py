@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,13 +44,27 @@ class Report:
 def for_each(
     items: Iterable[Item], work: Callable[[Item], Path | None], report: Report, title: str
 ) -> None:
-    """Call ``work`` for every item with a progress bar; one bad file does not stop the others."""
+    """Call ``work`` for every item with a progress bar; what goes wrong with one stops no other.
+
+    A full disk is the exception: each further item would fail as well.
+
+    Raises:
+        OSError: the disk is full, or the user's share of it.
+    """
     items = list(items)
     for item in track(items, title, console=console, disable=not items):
         try:
             written = work(item)
         except InputError as error:
             report.skip(Path(str(error.where)), str(error))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = getattr(item, "image", item)
+            problem = " ".join(str(error).split())
+            # No mistake of the user that has a message of its own: the traceback says where.
+            console.print(traceback.format_exc(), highlight=False, markup=False, soft_wrap=True)
+            report.skip(Path(str(where)), f"{where}: failed ({type(error).__name__}: {problem})")
         else:
             if written is not None:
                 report.done.append(written)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from grcsf_kernels.engine.checkpoint import Checkpoint, load_checkpoint
@@ -19,21 +18,25 @@ from grcsf_kernels.engine.config import ResidualsConfig, check
 from grcsf_kernels.engine.data import (
     Case,
     Preprocessing,
+    Sample,
     check_channels,
     check_size,
     find_cases,
-    load_sample,
     residual_path,
 )
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.loop import make_fabric, seed_of
+from grcsf_kernels.engine.finished import Provenance, is_finished, remove_leftovers
+from grcsf_kernels.engine.loop import seed_of
 from grcsf_kernels.engine.provenance import describe_maps, save_maps
+from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, for_each
-from grcsf_kernels.engine.volumes import write_volume
+from grcsf_kernels.engine.restore import Placement, place_image
+from grcsf_kernels.engine.scratch import Scratch, slabs
+from grcsf_kernels.engine.volumes import read_image, write_volume
+from grcsf_kernels.engine.windows import SlidingWindow, inference_device, out_of_memory_named
 from grcsf_kernels.models import MaskedAutoencoder
 from grcsf_kernels.nn import ResidualMaps
 from grcsf_kernels.nn.masking import masks_per_round
-from grcsf_kernels.nn.residual_maps import rescale
 
 
 class VolumeMaps:
@@ -80,7 +83,7 @@ class VolumeMaps:
             self._check_masks()
         except ValueError as error:
             raise InputError("residuals", str(error), "correct the setting") from error
-        self._device = make_fabric(config.device).device
+        self._device = inference_device(config.device)
         self._maps.to(self._device)
 
     def _check_masks(self) -> None:
@@ -91,21 +94,59 @@ class VolumeMaps:
             if patches < need:
                 raise ValueError(f"a crop has {patches} patches, and the masks need {need}")
 
-    def __call__(self, image: MetaTensor, name: str) -> Tensor:
-        """Maps [K, *S] in [0, 1] of a preprocessed image [C, *S]; masks follow from the name."""
-        seed = seed_of(self._config.seed, zlib.crc32(name.encode()))
-        generator = torch.Generator().manual_seed(seed)
-        raw = sliding_window_inference(
-            image.as_tensor()[None],
+    def __call__(self, image: Tensor, name: str, scratch: Scratch | None = None) -> Tensor:
+        """Maps [K, *S] in [0, 1] of a preprocessed image.
+
+        Args:
+            image: [C, *S].
+            name: of the case. The masks of each window follow from it, from the number of the
+                window and from the seed, whatever else is computed.
+            scratch: gives the memory for the maps; None: torch.
+
+        Raises:
+            MemoryError: there is no room for a window.
+        """
+        config = self._config
+        scratch = Scratch(Path(), "cpu", math.inf) if scratch is None else scratch
+        image = torch.as_tensor(image).as_subclass(Tensor)
+        count, space = len(self._maps.mask_ratios), image.shape[1:]
+        maps = scratch.results(count, space, config.precision, self._device)
+        ranges: list[Tensor] = []
+
+        def predictor(window: Tensor, numbers: Sequence[int]) -> Tensor:
+            seed = seed_of(config.seed, zlib.crc32(name.encode()), *numbers)
+            return self._maps.raw(window, torch.Generator().manual_seed(seed))
+
+        def take(planes: slice, values: Tensor) -> None:
+            if config.skip_air:
+                values = values.nan_to_num(nan=0.0)
+            ranges.append(torch.stack(values.flatten(1).aminmax(dim=1)))
+            maps[..., planes] = values.to(maps.device)
+
+        # Windows one by one: the draws of a window are a batch already.
+        windows = SlidingWindow(
             self._crop,
-            sw_batch_size=1,
-            predictor=lambda window: self._maps.raw(window, generator),
-            overlap=self._config.overlap,
-            mode="gaussian",
-            sw_device=self._device,
-            device=torch.device("cpu"),
+            config.overlap,
+            1,
+            self._device,
+            scratch.sums_on(self._device),
+            config.skip_air,
         )
-        return rescale(torch.as_tensor(raw))[0]
+        windows(predictor, [image], count, take, scratch.release)
+        found = torch.stack(ranges)
+        _rescale(maps, found[:, 0].amin(0), found[:, 1].amax(0), scratch)
+        return maps
+
+
+def _rescale(maps: Tensor, low: Tensor, high: Tensor, scratch: Scratch) -> None:
+    """What :func:`grcsf_kernels.nn.residual_maps.rescale` does, in place and in slabs."""
+    for index in range(maps.shape[0]):
+        span = (high - low)[index].to(maps.device)
+        for planes in slabs(maps[0, :, :, 0].numel(), maps.shape[-1]):
+            slab = maps[index, ..., planes]
+            scaled = (slab.float() - low[index].to(maps.device)) / span
+            slab.copy_(scaled if span > 0 else torch.zeros_like(scaled))
+            scratch.release()
 
 
 def _autoencoder(checkpoint: Checkpoint) -> MaskedAutoencoder:
@@ -119,8 +160,13 @@ def cache_residuals(
     output: Path,
     config: ResidualsConfig,
     report: Report | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Report:
     """Write the residual maps of every image of a folder.
+
+    Cases and processes as in :func:`grcsf_kernels.engine.predict`: what is finished is kept, and
+    with ``RANK`` and ``WORLD_SIZE`` each process does its share.
 
     Args:
         data: a folder of images, or one image.
@@ -129,6 +175,7 @@ def cache_residuals(
             image's own space; and ``residuals.json``, which says what made them.
         config: settings.
         report: takes what was done and skipped; None: a new one.
+        overwrite: make finished cases again.
 
     Returns:
         The report.
@@ -141,15 +188,37 @@ def cache_residuals(
     maps = VolumeMaps(autoencoders, config)
     preprocessing = Preprocessing(maps.data)
 
+    provenance = Provenance(config, autoencoders)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    found = find_cases(data, report, labels=False, suffixes=maps.data.bids_suffixes)
+    cases = shard(found)
+    save_maps(output, maps.description)
+
+    @out_of_memory_named
     def work(case: Case) -> Path:
-        sample = load_sample(case, preprocessing)
+        path = residual_path(output, case)
+        description = provenance.of(case.name, case.images)
+        if not overwrite and is_finished([path], description):
+            return path
+        remove_leftovers([path])
+        scratch = Scratch(output, config.accumulate, config.memory_gb * 1e9)
+        volume = read_image(case.images, scratch)
+        placement = Placement.of(volume, preprocessing)
+        image = place_image(volume, placement, preprocessing, scratch)
+        shape, volume.array = volume.array.shape[:3], np.empty((0, 0, 0), np.float32)
+        sample = Sample(case, volume, MetaTensor(image))
         check_channels(sample, maps.channels, "the autoencoders take")
         check_size(sample, maps.patch, "the autoencoder's patch")
-        restored = preprocessing.restore(maps(sample.image, case.name), sample.image)
-        path = residual_path(output, case)
-        return write_volume(path, restored.astype(np.float32), sample.volume)
+        found = maps(image, case.name, scratch)
+        restored = scratch.image((*shape, found.shape[0]))
+        if not placement.whole:  # there is nothing outside of the foreground
+            restored[...] = 0
+        turned = placement.turn(restored)
+        for planes, values in placement.restore(found):
+            turned[..., planes] = values
+            scratch.release()
+        return write_volume(path, restored, volume, description)
 
-    cases = find_cases(data, report, labels=False, suffixes=maps.data.bids_suffixes)
-    save_maps(output, maps.description)
     for_each(cases, work, report, "residual maps")
+    wait_for_others()
     return report

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from monai.inferers import sliding_window_inference
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ from grcsf_kernels.engine.metrics import dice
 from grcsf_kernels.engine.provenance import read_maps
 from grcsf_kernels.engine.report import Report, console
 from grcsf_kernels.engine.splits import save_split, split
+from grcsf_kernels.engine.windows import predict_logits
 from grcsf_kernels.models import GRCSF
 
 
@@ -232,32 +232,3 @@ def _validate(
             image = sample.image.as_tensor()[0].numpy()
             logs.overlay(sample.case.name, image, label, predicted, epoch)
     return sum(scores) / len(scores)
-
-
-def predict_logits(
-    network: nn.Module,
-    image: Tensor,
-    residual: Tensor | None,
-    crop_size: tuple[int, int, int],
-    device: torch.device,
-    overlap: float = 0.5,
-) -> Tensor:
-    """Logits [1, *S] on the CPU of an image [C, *S] and maps [K, *S], in blended windows."""
-    channels = image.shape[0]
-    parts = [torch.as_tensor(image).as_subclass(Tensor)] + ([] if residual is None else [residual])
-
-    def run(window: Tensor) -> Tensor:
-        maps = window[:, channels:] if residual is not None else None
-        return network(window[:, :channels], maps).float()
-
-    logits = sliding_window_inference(
-        torch.cat(parts)[None],
-        crop_size,
-        sw_batch_size=2,
-        predictor=run,
-        overlap=overlap,
-        mode="gaussian",
-        sw_device=device,
-        device=torch.device("cpu"),
-    )
-    return torch.as_tensor(logits)[0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nibabel.filebasedimages import ImageFileError
 
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
+from grcsf_kernels.engine.scratch import Scratch, slabs
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -59,16 +61,11 @@ def _check_stream(path: Path) -> None:
                 pass
 
 
-def _read(path: Path, axes: int) -> Volume:
-    if not Path(path).is_file():
-        raise InputError(path, "does not exist", "check the path")
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever reading a file can raise becomes an InputError."""
     try:
-        _check_stream(Path(path))
-        image: Any = nib.load(path)
-        kind = image.get_data_dtype()
-        if kind.kind not in "iufb":
-            raise InputError(path, f"holds values of type {kind}", "expected one number a voxel")
-        array = np.asarray(image.dataobj, dtype=np.float32)
+        yield
     except (ImageFileError, EOFError, OSError, zlib.error, ValueError, TypeError) as error:
         problem = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
@@ -76,39 +73,89 @@ def _read(path: Path, axes: int) -> Volume:
             f"can't be read, it is truncated or no NIfTI ({problem[:120]})",
             "copy or export it again",
         ) from error
-    while array.ndim > axes and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != axes:
+
+
+def _open(path: Path, axes: int) -> tuple[Any, tuple[int, ...]]:
+    """The image, with its voxels still in the file, and its shape with ``axes`` axes."""
+    with _readable(path):
+        _check_stream(Path(path))
+        # Compressed files are read on from slab to slab, not from the start each time.
+        image: Any = nib.load(path, keep_file_open=True)
+        kind, shape = image.get_data_dtype(), tuple(image.shape)
+    if kind.kind not in "iufb":
+        raise InputError(path, f"holds values of type {kind}", "expected one number a voxel")
+    while len(shape) > axes and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != axes:
         raise InputError(
             path,
-            f"has {array.ndim} axes {array.shape}",
+            f"has {len(shape)} axes {shape}",
             f"expected {axes} axes: extract the volume that is meant",
         )
-    if 0 in array.shape:
-        raise InputError(path, f"is empty, shape {array.shape}", "export it again")
+    if 0 in shape:
+        raise InputError(path, f"is empty, shape {shape}", "export it again")
+    return image, shape
+
+
+def _memory(scratch: Scratch | None) -> Callable[[tuple[int, ...]], np.ndarray]:
+    """What gives a float32 array of a shape."""
+    if scratch is not None:
+        return scratch.image
+    return lambda shape: np.empty(shape, np.float32, order="F")
+
+
+def _read(
+    path: Path,
+    axes: int,
+    scratch: Scratch | None,
+    memory: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+) -> Volume:
+    if not Path(path).is_file():
+        raise InputError(path, "does not exist", "check the path")
+    image, shape = _open(path, axes)
+    array = (memory or _memory(scratch))(shape)
+    bad, rest = 0, (0,) * (len(image.shape) - axes)
+    # In the order in which voxels are stored. Whatever their type in the file, beside the array
+    # there is never more than a slab.
+    for index in np.ndindex(*shape[3:]):
+        for planes in slabs(shape[0] * shape[1], shape[2]):
+            place = (slice(None), slice(None), planes, *index)
+            slab = array[place]
+            with _readable(path):
+                slab[...] = image.dataobj[place + rest]
+            bad += int(slab.size - np.isfinite(slab).sum())
+            if scratch is not None:
+                scratch.release()
     affine = np.asarray(image.affine)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise InputError(
             path, "has an affine that is singular or not finite", "export it again with a geometry"
         )
-    bad = int(np.size(array) - np.isfinite(array).sum())
     if bad:
         raise InputError(path, f"has {bad} voxels that are NaN or Inf", "replace them, say by 0")
     return Volume(array, affine, image.header, Path(path))
 
 
-def read_volume(path: Path) -> Volume:
+def read_volume(path: Path, scratch: Scratch | None = None) -> Volume:
     """Read a 3D image.
+
+    Args:
+        path: the file.
+        scratch: gives the memory for the voxels; None: numpy.
 
     Raises:
         InputError: the file does not exist, is truncated or no NIfTI, is not 3D, or holds NaN or
             Inf.
     """
-    return _read(path, 3)
+    return _read(path, 3, scratch)
 
 
-def read_image(paths: Sequence[Path]) -> Volume:
+def read_image(paths: Sequence[Path], scratch: Scratch | None = None) -> Volume:
     """Read the channels of an image, a file each; header and path are those of the first.
+
+    Args:
+        paths: the files.
+        scratch: gives the memory for the voxels; None: numpy.
 
     Returns:
         The volume: [X, Y, Z], with more than one channel [X, Y, Z, C].
@@ -116,11 +163,23 @@ def read_image(paths: Sequence[Path]) -> Volume:
     Raises:
         InputError: as for :func:`read_volume`; channels of different shapes or affines.
     """
-    first, *others = (read_volume(path) for path in paths)
+    if len(paths) == 1:
+        return read_volume(paths[0], scratch)
+    stacked: list[np.ndarray] = []  # the one array of all channels, as soon as its size is known
+
+    def place(channel: int) -> Callable[[tuple[int, ...]], np.ndarray]:
+        def memory(shape: tuple[int, ...]) -> np.ndarray:
+            if not stacked:
+                stacked.append(_memory(scratch)((*shape, len(paths))))
+            fits = stacked[0].shape[:3] == shape
+            return stacked[0][..., channel] if fits else np.empty(shape, np.float32)
+
+        return memory
+
+    first, *others = (_read(p, 3, scratch, place(channel)) for channel, p in enumerate(paths))
     for other in others:
         _check_space(other.path, other, first)
-    if others:
-        first.array = np.stack([volume.array for volume in (first, *others)], axis=-1)
+    first.array = stacked[0]
     return first
 
 
@@ -169,7 +228,7 @@ def read_label(path: Path, image: Volume, lesion_labels: Sequence[int] | None = 
             ``lesion_labels``, or that are no whole numbers; a shape or an affine that differs from
             the image's.
     """
-    label = _read(path, 3)
+    label = _read(path, 3, None)
     values = np.unique(label.array)
     usable = np.isin(values, (0, 1)) if lesion_labels is None else values == np.rint(values)
     if not usable.all():
@@ -186,32 +245,54 @@ def read_label(path: Path, image: Volume, lesion_labels: Sequence[int] | None = 
     return label
 
 
-def read_residual(path: Path, image: Volume) -> Volume:
-    """Read the cached residual maps [X, Y, Z, K] of ``image``.
+def read_residual(path: Path, image: Volume, scratch: Scratch | None = None) -> Volume:
+    """Read the cached residual maps [X, Y, Z, K] of ``image``; ``scratch`` as for an image.
 
     Raises:
         InputError: as for :func:`read_label`.
     """
-    volume = _read(path, 4)
+    volume = _read(path, 4, scratch)
     _check_space(path, volume, image)
     return volume
 
 
-def write_volume(path: Path, array: np.ndarray, like: Volume) -> Path:
+def read_description(path: Path) -> str | None:
+    """The description in the header of a file that is there and whole, else None."""
+    try:
+        _check_stream(path)
+        image: Any = nib.load(path)
+        return image.header["descrip"].item().decode("latin-1")
+    except (ImageFileError, EOFError, OSError, zlib.error, KeyError):
+        return None
+
+
+def write_volume(
+    path: Path, array: np.ndarray, like: Volume, description: str | None = None
+) -> Path:
     """Write ``array`` in the space of ``like``: affine, orientation codes and units are kept.
 
     Args:
         path: the file, written whole.
         array: [X, Y, Z] or [X, Y, Z, K] in the orientation of ``like``; uint8 or float32.
         like: the volume whose header is taken.
+        description: at most 79 characters for the header; None: that of ``like``.
 
     Returns:
         ``path``.
+
+    Raises:
+        OSError: the file can't be written; ``filename`` is the path.
     """
     header = like.header.copy()
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
+    if description is not None:
+        header["descrip"] = description
     kind = nib.Nifti2Image if isinstance(like.header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(array, like.affine, header)
-    return write_whole(path, lambda temporary: nib.save(image, temporary))
+    try:
+        return write_whole(path, lambda temporary: nib.save(image, temporary))
+    except OSError as error:
+        # Writing, unlike opening, does not say to which file.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from grcsf_kernels.nn.gated import gated
 from grcsf_kernels.nn.squeeze_excitation import compute_dtype
 from grcsf_kernels.ops import rcu
 
@@ -31,6 +32,13 @@ class RCU(nn.Module):
             axis; None: the whole volume.
         context_channels: channels of the global descriptor; None: none is used.
         score_channels: hidden units m of the scoring network.
+
+    Attributes:
+        score_threshold: in evaluation mode, patches with a lower importance score are left as they
+            are, without attention. 0, the default: none is, and the result is exact. A patch with
+            score s would have changed by s times what attention adds, so that the threshold bounds
+            what is left out relative to that. Which patches remain is known at run time only:
+            above 0 the module is not for ``torch.compile(fullgraph=True)`` or export.
 
     Raises:
         ValueError: a size below 1.
@@ -74,6 +82,7 @@ class RCU(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.patch_size = tuple(patch_size) if isinstance(patch_size, Sequence) else patch_size
         self.context_channels = context_channels
+        self.score_threshold = 0.0
 
         width = num_heads * head_dim
         self.query = nn.ModuleList(nn.Linear(channels, width) for _ in range(num_maps))
@@ -112,7 +121,11 @@ class RCU(nn.Module):
         """
         self._check(x, residual, context)
         weights = self.absorbed(x, context)
-        out, scores = rcu(x, residual.to(x.dtype), *weights, patch_size=self.patch_size)
+        residual = residual.to(x.dtype)
+        if self.score_threshold > 0 and not self.training:
+            out, scores = gated(x, residual, weights, self.patch_size, self.score_threshold)
+        else:
+            out, scores = rcu(x, residual, *weights, patch_size=self.patch_size)
         return (out, scores) if return_scores else out
 
     def absorbed(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
