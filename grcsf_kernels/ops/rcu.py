@@ -216,7 +216,7 @@ def _backward_fake(
     *weights, _, needs = weights_and_options
     layouts = [checks.layout_of(x)] + [torch.contiguous_format] * (1 + len(weights))
     return tuple(
-        checks.empty(like.shape, like, layout) if need else like.new_empty(0)
+        checks.empty(like.shape, like, layout) if need else like.new_empty((0,))
         for like, layout, need in zip((x, residual, *weights), layouts, needs, strict=True)
     )
 

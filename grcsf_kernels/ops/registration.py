@@ -98,7 +98,8 @@ def cast_weight(tensor: Tensor) -> Tensor:
 
 def given(gradient: Tensor | None, like: Tensor) -> Tensor:
     """A gradient as a backward operator returns it: an empty tensor where it was not asked for."""
-    return like.new_empty(0) if gradient is None else gradient
+    # The size as a tuple: subclasses of tensors, as MONAI's, take nothing else.
+    return like.new_empty((0,)) if gradient is None else gradient
 
 
 def asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

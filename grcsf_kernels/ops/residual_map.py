@@ -208,10 +208,10 @@ def _backward_fake(
     contiguous = torch.contiguous_format
     layout = checks.layout_of(image)
     return (
-        checks.empty(image.shape, image, layout) if needs[0] else image.new_empty(0),
+        checks.empty(image.shape, image, layout) if needs[0] else image.new_empty((0,)),
         checks.empty(prediction.shape, prediction, contiguous)
         if needs[1]
-        else prediction.new_empty(0),
+        else prediction.new_empty((0,)),
     )
 
 

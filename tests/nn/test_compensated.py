@@ -187,6 +187,18 @@ def test_windows_slide_over_image_and_maps():
     assert windows.shape == (1, 2, *x.shape[2:]) and torch.isfinite(windows).all()
 
 
+def test_trains_on_the_tensors_that_monai_loads():
+    """MetaTensor is a subclass of Tensor, and every feature and gradient becomes one."""
+    model, (x, _) = CompensatedUNet(unet(), 2, patch_size=4), inputs()
+    for image in (x, MetaTensor(x)):
+        model.zero_grad()
+        model(image).square().mean().backward()
+        grads = torch.cat([p.grad.as_subclass(torch.Tensor).flatten() for p in model.parameters()])
+        if image is x:
+            expected = grads
+    torch.testing.assert_close(grads, expected)
+
+
 def test_activation_checkpointing_and_data_parallel_give_the_same_gradients(tmp_path):
     model, (x, _) = CompensatedUNet(unet(), 2, patch_size=4), inputs()
 
