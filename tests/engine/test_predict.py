@@ -379,10 +379,15 @@ class TestFaults:
         """The first process meets it and is done early: the other must not be ended with it."""
         path = folder / "case0_image.nii.gz"
         path.write_bytes(path.read_bytes()[:700])
-        late = (
-            "import os, time; time.sleep(5 * int(os.environ['RANK'])); "
-            "from grcsf_kernels.cli import main; main()"
-        )
+        late = f"""
+import os, time
+from pathlib import Path
+while os.environ["RANK"] == "1" and not Path({str(tmp_path / "m/case2_mask.nii.gz")!r}).exists():
+    time.sleep(0.1)
+time.sleep(4 * int(os.environ["RANK"]))
+from grcsf_kernels.cli import main
+main()
+"""
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node=2", "--no-python", sys.executable, "-c"),
