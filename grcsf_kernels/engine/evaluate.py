@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ _COLUMNS = {
 
 
 def evaluate(
-    predictions: Path, labels: Path, output: Path | None = None, report: Report | None = None
+    predictions: Path,
+    labels: Path,
+    output: Path | None = None,
+    report: Report | None = None,
+    lesion_labels: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Measure every ``<case>_mask.nii.gz`` against the label of the same case.
 
@@ -40,6 +45,7 @@ def evaluate(
             :func:`grcsf_kernels.engine.data.find_labels`.
         output: gets ``evaluation.json``; None: the folder of the predictions.
         report: takes the cases that can't be measured; None: only printed.
+        lesion_labels: the label values that are lesions; None: 1, and 0 is all else.
 
     Returns:
         ``cases``: the measures by case (:func:`grcsf_kernels.engine.metrics.measure`), and
@@ -58,7 +64,7 @@ def evaluate(
         if not path.is_file():
             raise InputError(path, "does not exist", "run grcsf predict on all images")
         reference = read_volume(case.image)
-        label = read_label(case.label, reference)
+        label = read_label(case.label, reference, lesion_labels)
         mask = read_label(path, reference)
         spacing = nib.affines.voxel_sizes(reference.affine)
         measures = measure(mask.array > 0, label.array > 0, spacing)
@@ -67,7 +73,7 @@ def evaluate(
         }
         return path
 
-    known = find_labels(labels, report)
+    known = find_labels(labels, report, lesion_labels)
     names = {case.name for case in known}
     names |= {stem(path).rsplit("_", 1)[0] for path, _ in report.failed}  # reported already
     for path in sorted(Path(predictions).glob("*_mask.nii*")):
