@@ -7,7 +7,7 @@ Scientific Data 2022, doi 10.1038/s41597-022-01401-7.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def is_bids(folder: Path) -> bool:
     return next(_subject_folders(folder), None) is not None
 
 
-def _subject_folders(folder: Path):  # type: ignore[no-untyped-def]
+def _subject_folders(folder: Path) -> Iterator[Path]:
     if folder.name.startswith("sub-"):
         yield folder
     for pattern in _SUBJECTS:
@@ -80,7 +80,7 @@ def pairs(
     Args:
         folder: the data set, or one subject of it.
         report: takes what is ambiguous or misses a channel.
-        suffixes: one for each channel, such as ``T1w``.
+        suffixes: one for each channel, such as ``T1w``; none: masks alone.
     """
     files = _files(folder)
     masks = [file for file in files if file.is_lesion]
@@ -99,7 +99,7 @@ def pairs(
     for session in sorted({file.session for file in (*images, *masks)}):
         here = [file for file in images if file.session == session]
         drawn = [mask for mask in masks if mask.session == session]
-        runs = sorted({file.run for file in here}) or [""]
+        runs = sorted({file.run for file in here or drawn})
         for run in runs:
             name = f"{session}_run-{run}" if run else session
             own = [mask for mask in drawn if mask.run == run or (not mask.run and len(runs) == 1)]

@@ -187,6 +187,7 @@ class EvaluateConfig:
     """grcsf evaluate."""
 
     cases: int = 20  # whose slices evaluation.html shows, the lowest Dice first
+    lesion_labels: tuple[int, ...] | None = None  # label values merged to the lesion; null: 1
 
 
 Config = TypeVar("Config")
@@ -315,6 +316,8 @@ def check(config: Any, where: str = "") -> None:
             raise InputError(name, f"is {value}", "expected at most 1")
         if entry.name == "folds" and value == 1:
             raise InputError(name, "is 1", "expected 0 or at least 2")
+        if entry.name == "fold" and value and not config.folds and config.splits_file is None:
+            raise InputError(name, f"is {value}", "set folds or splits_file as well")
         if entry.name == "folds" and value and not config.fold < value:
             raise InputError(f"{where}fold", f"is {config.fold}", f"expected below folds, {value}")
 

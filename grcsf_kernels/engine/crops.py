@@ -7,7 +7,6 @@ process may make only some of them and gets the same bits.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -71,6 +70,8 @@ class _Batches:
         return torch.stack(crops), ", ".join(self._samples.names[picks[row]] for row in rows)
 
     def _crop(self, sample: Sample, seed: int) -> Tensor:
+        # Made anew, which takes a millisecond: transforms keep their random state, and a batch may
+        # be made by several threads.
         transform = self._transform(_coarse_axis(sample))
         transform.set_random_state(seed=seed)
         parts = {key: torch.as_tensor(getattr(sample, key)) for key in self._keys}
@@ -94,12 +95,18 @@ class Crops(_Batches):
 
     def __init__(self, samples: Samples, config: PretrainConfig, seed: int) -> None:
         super().__init__(samples, ["image"], config.optimization.batch_size, seed)
-        crop = RandSpatialCropd(self._keys, config.crop_size, random_size=False)
-        pad = SpatialPadd(self._keys, config.crop_size)
-        self._steps = Compose([pad, crop, *mirrors(self._keys, config.mirror_axes)])
+        self._config = config
+        self._transform(None)  # errors of the settings now, not at the first step
 
     def _transform(self, coarse: int | None) -> Compose:
-        return self._steps
+        keys, config = self._keys, self._config
+        return Compose(
+            [
+                SpatialPadd(keys, config.crop_size),
+                RandSpatialCropd(keys, config.crop_size, random_size=False),
+                *mirrors(keys, config.mirror_axes),
+            ]
+        )
 
 
 class LesionCrops(_Batches):
@@ -118,10 +125,9 @@ class LesionCrops(_Batches):
         keys = ["image", "label"] + ([] if samples[0].residual is None else ["residual"])
         super().__init__(samples, keys, config.optimization.batch_size, seed)
         self._config = config
-        self._transform = functools.cache(self._make)  # type: ignore[method-assign]
         self._transform(None)  # errors of the settings now, not at the first step
 
-    def _make(self, coarse: int | None) -> Compose:
+    def _transform(self, coarse: int | None) -> Compose:
         keys, config = self._keys, self._config
         return Compose(
             [

@@ -72,7 +72,7 @@ def evaluate(
         if not path.is_file():
             raise InputError(path, "does not exist", "run grcsf predict on all images")
         reference = read_volume(case.image)
-        label = read_label(case.label, reference)
+        label = read_label(case.label, reference, config.lesion_labels)
         mask = read_label(path, reference)
         spacing = nib.affines.voxel_sizes(reference.affine)
         both = mask.array > 0, label.array > 0
@@ -83,7 +83,7 @@ def evaluate(
         }
         return path
 
-    known = find_labels(labels, report)
+    known = find_labels(labels, report, config.lesion_labels)
     names = {case.name for case in known}
     names |= {stem(path).rsplit("_", 1)[0] for path, _ in report.failed}  # reported already
     for path in sorted(Path(predictions).glob("*_mask.nii*")):

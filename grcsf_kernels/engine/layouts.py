@@ -114,6 +114,9 @@ def find_labels(
     folder = Path(folder)
     files = [p for p in sorted(folder.iterdir()) if is_volume(p)] if folder.is_dir() else []
     apart = (folder / "images").is_dir() or any(stem(p).endswith("_image") for p in files)
+    if not files and not apart and folder.is_dir() and bids.is_bids(folder):
+        _, masks = bids.pairs(folder, report, ())
+        return [Case(name, path, path) for name, path in sorted(masks.items())]
     if apart or not files:
         return find_cases(folder, report, labels=True, lesion_labels=lesion_labels)
     found = [p for p in files if not stem(p).endswith(_MADE_BY_US[1:])]
@@ -186,7 +189,7 @@ def _nnunet_root(folder: Path) -> Path | None:
                 folder, "has imagesTr and no dataset.json", "add the dataset.json of nnU-Net"
             )
         return folder
-    if folder.name.startswith("images") and (folder.parent / "dataset.json").is_file():
+    if re.fullmatch("images[A-Z].*", folder.name) and (folder.parent / "dataset.json").is_file():
         return folder.parent
     return None
 
@@ -220,8 +223,8 @@ def _check_labels(
     for name, value in description["labels"].items():
         # nnU-Net's first version has {value: name}.
         parts = [name] if isinstance(value, str) else value if isinstance(value, list) else [value]
-        values |= {int(part) for part in parts} - {0}
-    if lesion_labels is None and values != {1}:
+        values |= {str(part) for part in parts} - {"0"}
+    if lesion_labels is None and values != {"1"}:
         shown = ", ".join(f"{name}: {value}" for name, value in description["labels"].items())
         raise InputError(
             root / "dataset.json",
