@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -13,9 +12,10 @@ from engine.conftest import AFFINE, write
 
 from grcsf_kernels.engine import DataConfig, restore, scratch
 from grcsf_kernels.engine.data import Preprocessing
+from grcsf_kernels.engine.preprocessing import turned
 from grcsf_kernels.engine.restore import Placement, place_image
 from grcsf_kernels.engine.scratch import Scratch
-from grcsf_kernels.engine.volumes import read_volume
+from grcsf_kernels.engine.volumes import read_image, read_volume
 
 DIAGONAL = np.diag([1.5, 0.7, 3.0, 1.0])
 # x, y, z of the file are z, -x, y of the patient.
@@ -40,28 +40,35 @@ def thin_slabs(monkeypatch):
 @pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0), (0.9, 2.3, 1.4)])
 @pytest.mark.parametrize("affine", AFFINES)
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_is_what_whole_volumes_give(tmp_path, spacing, affine, where):
+@pytest.mark.parametrize("channels", [1, 2])
+def test_is_what_whole_volumes_give(tmp_path, spacing, affine, where, channels):
+    """Of several channels, too, and of the foreground alone."""
     rng = np.random.default_rng(0)
-    image = rng.uniform(-1, 1, (17, 14, 11)).astype(np.float32)
-    image[:3] = 0
-    path = write(tmp_path / "a.nii.gz", image, AFFINES[affine])
+    image = rng.uniform(-1, 1, (channels, 17, 14, 11)).astype(np.float32)
+    image[:, :3] = image[..., 9:] = -1
+    paths = [write(tmp_path / f"{i}.nii.gz", x, AFFINES[affine]) for i, x in enumerate(image)]
+    expected = image[0] if channels == 1 else np.moveaxis(image, 0, -1)
     memory = Scratch(tmp_path, where, math.inf)
-    for intensity in ("zscore", "window"):
-        config = DataConfig(spacing=spacing, intensity=intensity, window=(-0.5, 0.8))
+    for intensity, crop in (("zscore", False), ("window", False), ("window", True)):
+        config = DataConfig(
+            spacing=spacing, intensity=intensity, window=(-0.5, 0.8), crop_foreground=crop
+        )
         preprocessing = Preprocessing(config)
-        volume = read_volume(path, memory)
-        assert np.array_equal(volume.array, image)
-        whole = preprocessing.image(read_volume(path))
+        volume = read_image(paths, memory)
+        assert np.array_equal(volume.array, expected)
+        whole = preprocessing.image(read_image(paths))
         placement = Placement.of(volume, preprocessing)
         placed = place_image(volume, placement, preprocessing, memory)
         assert placed.shape == whole.shape
         torch.testing.assert_close(placed, whole.as_tensor(), rtol=0, atol=2e-5)
+    assert not placement.whole
 
     maps = torch.rand(2, *whole.shape[1:], generator=torch.Generator().manual_seed(1))
     expected = preprocessing.restore(maps, whole)
-    restored = memory.image((*image.shape, 2))
-    restored[...] = np.nan
-    view = np.moveaxis(placement.turn(restored), -1, 0)
+    restored = memory.image((*image.shape[1:], 2))
+    restored[...] = 0
+    view = placement.turn(restored)
+    view[...] = np.nan
     count = 0
     for planes, values in placement.restore(maps):
         view[..., planes] = values
@@ -74,9 +81,7 @@ def test_views_share_memory():
     """Orientation costs nothing: flips and permutations are views."""
     array = np.zeros((3, 4, 5), np.uint8)
     for affine in AFFINES.values():
-        ornt = nib.io_orientation(affine)
-        placement = Placement(ornt, (3, 4, 5), (3, 4, 5), np.eye(4))
-        assert np.shares_memory(placement.turn(array), array)
+        assert np.shares_memory(turned(array, affine), array)
 
 
 def test_boxes_are_small(tmp_path):
