@@ -88,12 +88,44 @@ def test_plans_trains_and_predicts(example, tmp_path):
     assert set(np.unique(mask.dataobj)) <= {0, 1}
 
 
-@pytest.fixture(scope="module")
-def trainers():
-    spec = importlib.util.spec_from_file_location("nnUNetTrainerGRCSF", TRAINER)
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_images_without_a_fitting_map_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+    def write(name, shape):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(np.ones(shape, np.float32), np.eye(4)), path)
+
+    for name in ("a", "b", "c"):
+        write(f"raw/imagesTr/{name}_0000.nii.gz", (4, 5, 6))
+        write(f"raw/imagesTr/{name}_0001.nii.gz", (4, 5, 6))
+    # As grcsf residuals names it, with another geometry, and none for c.
+    write("maps/a_0000_residual.nii.gz", (4, 5, 6, 2))
+    write("maps/b_residual.nii.gz", (4, 5, 7, 2))
+    description = tmp_path / "raw/dataset.json"
+    description.write_text(json.dumps({"channel_names": {"0": "T1", "1": "T2"}}))
+    script = module_of(ROOT / "docs/examples/nnunet/add_residual_maps.py")
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path / "maps"), str(tmp_path / "raw")])
+    # Twice: the second time the maps are there already, and are no images.
+    for _ in range(2):
+        assert script.main() == 1
+        names = json.loads(description.read_text())["channel_names"]
+        assert list(names.values()) == ["T1", "T2", "noNorm", "noNorm"]
+        written = sorted(path.name for path in (tmp_path / "raw/imagesTr").glob("*_000[2-9]*"))
+        assert written == ["a_0002.nii.gz", "a_0003.nii.gz"]
+        errors = capsys.readouterr().err
+        assert "b_residual.nii.gz: has shape (4, 5, 7)" in errors
+        assert "has no c_residual.nii.gz" in errors
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    return module_of(TRAINER)
 
 
 def settings(*schemes):
