@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import (
@@ -160,8 +162,9 @@ def test_weights_of_the_network_load_and_come_back(make):
     model.network.load_state_dict(plain.state_dict())
     again = CompensatedUNet(make(), 2, patch_size=4)
     again.load_state_dict(model.state_dict())
-    for one, two in zip(flat(model.eval()(x)), flat(again.eval()(x)), strict=True):
-        assert torch.equal(one, two)
+    copied = copy.deepcopy(model.eval())
+    for one, two, three in zip(flat(model(x)), flat(again.eval()(x)), flat(copied(x)), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
     assert all(name.startswith(("network.", "gcu.", "rcu.")) for name in model.state_dict())
     plain.load_state_dict(model.network.state_dict())
 
