@@ -61,7 +61,8 @@ class Task:
             The parts of all micro-batches of a step, over all processes, add up.
         loss: of the sum of the parts; None: the sum is the loss.
         epoch_done: called on the first process with the network as it is kept, the epoch and the
-            best score so far; writes what it wants and returns the best score.
+            best score so far; writes what it wants and returns the best score. Of sharded weights
+            the network lies on the CPU.
     """
 
     crops: Crops
@@ -245,7 +246,7 @@ def _fit(
                 weights = get_model_state_dict(model, options=_WHOLE)
                 if fabric.is_global_zero:
                     kept.load_state_dict(weights)
-                    kept.to(fabric.device).eval()
+                    kept.eval()
             run.best = on_first(fabric, lambda: task.epoch_done(kept, epoch, run.best))
 
     steps = load_steps(task.crops, config, fabric, run.done)

@@ -112,6 +112,7 @@ def train(
             keep(network)
             return best
         if last or (epoch + 1) % config.validation_every == 0:
+            network.to(fabric.device)
             score = _validate(network, validation, config, logs, epoch)
             logs.number("validation dice", score, epoch)
             if score > best or not path.exists():
