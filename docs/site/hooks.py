@@ -78,8 +78,8 @@ def _address(path: Path) -> str | None:
         return special[name]
     if name.startswith(f"{RESULTS}/") and path.suffix in (".md", ".png"):
         return name.replace(RESULTS, "results", 1)
-    in_site = name.startswith("docs/") and not name.startswith("docs/site/")
-    return name.removeprefix("docs/") if in_site and path.suffix in (".md", ".png") else None
+    in_site = path.is_file() and name.startswith("docs/") and not name.startswith("docs/site/")
+    return name.removeprefix("docs/") if in_site else None
 
 
 _CODE = re.compile(r"^(```|~~~).*?^\1[ \t]*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
