@@ -192,10 +192,11 @@ def cache_residuals(
         volume = read_volume(case.image, scratch)
         placement = Placement.of(volume, preprocessing)
         image = place_image(volume, placement, preprocessing, scratch)
-        shape, volume.array = volume.array.shape, np.empty((0, 0, 0), np.float32)
+        # Its shape stays, its memory is given up.
+        volume.array = np.broadcast_to(np.float32(0), volume.array.shape)
         check_size(Sample(case, volume, MetaTensor(image)), maps.patch, "the autoencoder's patch")
         found = maps(image, case.name, scratch)
-        restored = scratch.image((*shape, found.shape[0]))
+        restored = scratch.image((*volume.array.shape, found.shape[0]))
         turned = np.moveaxis(placement.turn(restored), -1, 0)
         for planes, values in placement.restore(found):
             turned[..., planes] = values
