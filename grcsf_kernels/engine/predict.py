@@ -137,11 +137,12 @@ def predict(
         sample = Sample(case, volume, MetaTensor(image))
         check_channels(sample, ensemble.channels, "the model takes")
         shape = volume.array.shape[:3]
+        # Its shape stays, its memory is given up.
+        volume.array = np.broadcast_to(np.float32(0), shape)
         if cached is not None:
             kept = read_residual(cached, volume, scratch)
             sample.residual = place_maps(kept, placement, config.precision, scratch)
             del kept
-        volume.array = np.empty((0, 0, 0), np.float32)
         if maps is not None:
             check_size(sample, maps.patch, "the autoencoder's patch")
             own = config.residuals
@@ -149,7 +150,7 @@ def predict(
             sample.residual = maps(sample.image, case.name, store)
         probability = ensemble.probability(sample, scratch)
         del sample, image
-        results = _restored(probability, placement, shape, kinds, config, scratch)
+        results = _restored(probability, placement, volume.array.shape, kinds, config, scratch)
         del probability
         if config.min_lesion_mm3:
             voxel = abs(float(np.linalg.det(volume.affine[:3, :3])))

@@ -205,7 +205,9 @@ def cache_residuals(
         volume = read_image(case.images, scratch)
         placement = Placement.of(volume, preprocessing)
         image = place_image(volume, placement, preprocessing, scratch)
-        shape, volume.array = volume.array.shape[:3], np.empty((0, 0, 0), np.float32)
+        shape = volume.array.shape[:3]
+        # Its shape stays, its memory is given up.
+        volume.array = np.broadcast_to(np.float32(0), shape)
         sample = Sample(case, volume, MetaTensor(image))
         check_channels(sample, maps.channels, "the autoencoders take")
         check_size(sample, maps.patch, "the autoencoder's patch")

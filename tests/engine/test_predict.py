@@ -457,6 +457,18 @@ main()
         assert last.startswith(f"error: {tmp_path / 'm' / 'case1_mask.nii.gz'}: No space left")
         assert [path.name for path in (tmp_path / "m").iterdir()] == ["case0_mask.nii.gz"]
 
+    def test_no_room_for_scratch_volumes_stops_the_run(self, folder, tmp_path, model, monkeypatch):
+        def full(*args):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(
+            OSError, match=r"No space left on device for 0\.0 GB of scratch"
+        ) as error:
+            engine.predict(folder, model, tmp_path / "m", config(accumulate="disk"))
+        assert error.value.filename == str(tmp_path / "m")
+        assert not list((tmp_path / "m").iterdir())
+
 
 NIBABEL = Path(nib.__file__).parent / "tests" / "data"
 FILES = {
