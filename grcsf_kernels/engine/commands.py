@@ -39,7 +39,7 @@ class _Topic(str, Enum):
 
 
 Config = TypeVar("Config")
-Data = Annotated[Path, typer.Argument(help="Folder of <case>_image.nii.gz, or with images/.")]
+Data = Annotated[Path, typer.Argument(help="<case>_image.nii.gz, images/, nnU-Net or BIDS.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.")]
 Settings = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML; all settings: grcsf config COMMAND.")
@@ -138,6 +138,9 @@ def train(
     device: Device = None,
     seed: Seed = None,
     epochs: Epochs = None,
+    fold: Annotated[
+        int | None, typer.Option(help="With folds or splits_file; before the one in --config.")
+    ] = None,
 ) -> engine.Report:
     """Train GRCSF on images with labels: writes model.safetensors.
 
@@ -147,6 +150,8 @@ def train(
     settings = _settings(
         engine.TrainConfig, config, "optimization", device=device, seed=seed, epochs=epochs
     )
+    if fold is not None:
+        settings.fold = fold
     typer.echo(engine.train(data, output, settings, residuals, report))
     return report
 
@@ -188,11 +193,31 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", help="Folder for evaluation.json; that of the masks."),
     ] = None,
+    lesion_label: Annotated[
+        list[int] | None, typer.Option(help="A label value that is a lesion; once for each.")
+    ] = None,
 ) -> engine.Report:
     """Measure masks against labels: Dice, lesion F1, HD95 and more, per case and mean."""
     report = engine.Report()
-    Console().print(table(engine.evaluate(predictions, labels, output, report)))
+    Console().print(
+        table(engine.evaluate(predictions, labels, output, report, lesion_label or None))
+    )
     return report
+
+
+@_command
+def export(
+    model: Annotated[Path, typer.Argument(help="A file of grcsf train or grcsf pretrain.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A file: .onnx or .pt2.")],
+) -> None:
+    """Write a model as ONNX or as a torch.export program, for use without this library.
+
+    For crops of the training's size, in batches of any size. The file is kept only if it gives the
+    same output.
+    """
+    from grcsf_kernels.engine.export import export_model
+
+    typer.echo(export_model(model, output))
 
 
 @_command
