@@ -98,6 +98,7 @@ def test_help_names_every_command():
         "train",
         "predict",
         "evaluate",
+        "export",
         "doctor",
         "demo",
         "config",

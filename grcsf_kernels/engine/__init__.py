@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from grcsf_kernels.engine.config import (
+    AugmentationConfig,
     AutoencoderConfig,
     DataConfig,
     EvaluateConfig,
@@ -18,6 +19,7 @@ from grcsf_kernels.engine.config import (
 )
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.evaluate import evaluate
+from grcsf_kernels.engine.export import export_model
 from grcsf_kernels.engine.predict import predict
 from grcsf_kernels.engine.pretrain import pretrain
 from grcsf_kernels.engine.report import Report
@@ -25,6 +27,7 @@ from grcsf_kernels.engine.residuals import cache_residuals
 from grcsf_kernels.engine.train import train
 
 __all__ = [
+    "AugmentationConfig",
     "AutoencoderConfig",
     "DataConfig",
     "EvaluateConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "cache_residuals",
     "evaluate",
+    "export_model",
     "load_config",
     "predict",
     "pretrain",

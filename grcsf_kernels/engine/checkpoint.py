@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from grcsf_kernels._version import __version__
 from grcsf_kernels.engine.config import DataConfig, from_dict, to_dict
@@ -64,7 +64,7 @@ def save_checkpoint(
         maps: what made its residual maps, from :func:`read_maps`.
     """
     description = {
-        "kind": next(c.__name__ for c in type(model).__mro__ if c.__name__ in _KINDS),
+        "kind": kind_of(type(model)),
         "config": model.config,
         "data": None if data is None else to_dict(data),
         "crop_size": None if crop_size is None else list(crop_size),
@@ -108,8 +108,32 @@ def load_model(path: Path, cls: type[Model]) -> Model:
         InputError: no such file, no model file of this library, truncated, of another kind, or
             with weights that do not fit its configuration.
     """
-    kind = next(c.__name__ for c in cls.__mro__ if c.__name__ in _KINDS)
-    path = Path(path)
+    description, weights = _read(Path(path))
+    if description.get("kind") != kind_of(cls):
+        raise InputError(
+            path,
+            f"holds a {description.get('kind')}, and a {kind_of(cls)} is expected here",
+            "segmentation models come from grcsf train, autoencoders from grcsf pretrain",
+        )
+    return _build(Path(path), cls, description, weights)
+
+
+def load_any(path: Path) -> Pretrained:
+    """Read a model file of either kind; see :func:`load_model`."""
+    description, weights = _read(Path(path))
+    kind = str(description.get("kind"))
+    if kind not in _KINDS:
+        raise InputError(path, f"holds a {kind}", f"expected {' or '.join(_KINDS)}")
+    return _build(Path(path), _KINDS[kind], description, weights)
+
+
+def kind_of(cls: type[nn.Module]) -> str:
+    """The name under which models of a class are written: that of the library's own class."""
+    return next(base.__name__ for base in cls.__mro__ if base.__name__ in _KINDS)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and weights of a model file."""
     if not path.is_file():
         raise InputError(path, "does not exist", "check the path")
     try:
@@ -125,15 +149,14 @@ def load_model(path: Path, cls: type[Model]) -> Model:
     if "grcsf" not in metadata:
         raise InputError(path, "was not written by grcsf", "expected a model file of grcsf")
     try:
-        description = dict(json.loads(metadata["grcsf"]))
+        return dict(json.loads(metadata["grcsf"])), weights
     except (ValueError, TypeError) as error:
         raise InputError(path, "has a damaged description", "copy it again") from error
-    if description.get("kind") != kind:
-        raise InputError(
-            path,
-            f"holds a {description.get('kind')}, and a {kind} is expected here",
-            "segmentation models come from grcsf train, autoencoders from grcsf pretrain",
-        )
+
+
+def _build(
+    path: Path, cls: type[Model], description: dict[str, Any], weights: dict[str, Tensor]
+) -> Model:
     try:
         model = cls(**description["config"])
         model.load_state_dict(weights)

@@ -43,7 +43,7 @@ class _Topic(str, Enum):
 
 
 Config = TypeVar("Config")
-Data = Annotated[Path, typer.Argument(help="Folder of <case>_image.nii.gz, or with images/.")]
+Data = Annotated[Path, typer.Argument(help="<case>_image.nii.gz, images/, nnU-Net or BIDS.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.")]
 Settings = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML; all settings: grcsf config COMMAND.")
@@ -156,6 +156,9 @@ def train(
     device: Device = None,
     seed: Seed = None,
     epochs: Epochs = None,
+    fold: Annotated[
+        int | None, typer.Option(help="With folds or splits_file; before the one in --config.")
+    ] = None,
 ) -> engine.Report:
     """Train GRCSF on images with labels: writes model.safetensors.
 
@@ -165,6 +168,8 @@ def train(
     settings = _settings(
         engine.TrainConfig, config, "optimization", device=device, seed=seed, epochs=epochs
     )
+    if fold is not None:
+        settings.fold = fold
     _first_says(engine.train(data, output, settings, residuals, report))
     return report
 
@@ -232,6 +237,9 @@ def evaluate(
     cases: Annotated[
         int | None, typer.Option(help="Cases whose slices are shown; before the one in --config.")
     ] = None,
+    lesion_label: Annotated[
+        list[int] | None, typer.Option(help="A label value that is a lesion; once for each.")
+    ] = None,
     config: Settings = None,
 ) -> engine.Report:
     """Measure masks against labels: Dice, lesion F1, HD95 and more, per case and mean.
@@ -239,10 +247,26 @@ def evaluate(
     Writes evaluation.json, and evaluation.html with plots and slices.
     """
     report = engine.Report()
-    settings = _settings(engine.EvaluateConfig, config, cases=cases)
+    lesion_labels = tuple(lesion_label) if lesion_label else None
+    settings = _settings(engine.EvaluateConfig, config, cases=cases, lesion_labels=lesion_labels)
     Console().print(table(engine.evaluate(predictions, labels, output, report, settings)))
     typer.echo(Path(output or predictions) / "evaluation.html")
     return report
+
+
+@_command
+def export(
+    model: Annotated[Path, typer.Argument(help="A file of grcsf train or grcsf pretrain.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A file: .onnx or .pt2.")],
+) -> None:
+    """Write a model as ONNX or as a torch.export program, for use without this library.
+
+    For crops of the training's size, in batches of any size. The file is kept only if it gives the
+    same output.
+    """
+    from grcsf_kernels.engine.export import export_model
+
+    typer.echo(export_model(model, output))
 
 
 @_command

@@ -69,6 +69,7 @@ def overfit(
             warmup_epochs=0.2,
             device="cpu",
         ),
+        augmentation=engine.AugmentationConfig(enabled=False),  # one case is to be overfitted
         crop_size=(x, y, z),
         validation_fraction=0.0,
     )
