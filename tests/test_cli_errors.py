@@ -93,6 +93,6 @@ def test_a_process_that_was_killed_goes_on_to_the_same_bytes(folder):
         process.kill()
         process.communicate()
     assert process.returncode == -SIGKILL, "it ended before it could be killed"
-    assert torch.load(state, weights_only=True)["epoch"] < 3
+    assert torch.load(state, weights_only=True)["done"] < 4 * 12
     part = engine.train(folder / "data", folder / "part", config)
     assert part.read_bytes() == whole.read_bytes()

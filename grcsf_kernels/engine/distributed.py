@@ -46,11 +46,9 @@ def make_fabric(device: str, precision: str = "32-true", **options: Any) -> Fabr
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and precision == "16-mixed":
         raise InputError("precision", "is 16-mixed on the CPU", "use bf16-mixed or 32-true there")
-    settings: dict[str, Any] = {
-        "devices": 1,
-        "precision": precision,
-        "accelerator": device,
-    } | options
+    settings: dict[str, Any] = {"devices": 1, "accelerator": device} | options
+    if "plugins" not in settings:
+        settings["precision"] = precision
     if device == "cuda" and settings["devices"] > torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise InputError(
@@ -84,7 +82,7 @@ def launch(config: OptimizationConfig) -> Fabric:
         if config.precision == "bf16-mixed":
             # As with the other strategies: float32 weights under autocast.
             kind = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
-            options |= {"precision": None, "plugins": [MixedPrecision("bf16-mixed", kind)]}
+            options |= {"plugins": [MixedPrecision("bf16-mixed", kind)]}
     else:
         options["strategy"] = DDPStrategy(timeout=timeout)
     fabric = make_fabric(config.device, config.precision, **options)

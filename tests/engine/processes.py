@@ -78,6 +78,8 @@ def parallel(data, folder):
         except Stop:
             losses = record(lambda c=config, s=strategy: engine.pretrain(data, folder / s, c))
             found[strategy] = losses
+    half = autoencoder(strategy="fsdp", precision="bf16-mixed")
+    found["half"] = record(lambda: engine.pretrain(data, folder / "half", half))
     sharded = segmentation(strategy="fsdp")
     found["sharded"] = record(lambda: engine.train(data, folder / "sharded", sharded))
 

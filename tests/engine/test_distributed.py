@@ -97,6 +97,8 @@ def test_two_processes_pretrain_as_one_does(found, tmp_path):
         np.testing.assert_allclose(first[kind], one[4:], rtol=2e-5)
         assert close(weights, load_file(folder / kind / "mae_75.safetensors"))
         load_checkpoint(folder / kind / "mae_75.safetensors", "MaskedAutoencoder")
+    np.testing.assert_allclose(first["half"], one, rtol=2e-2)
+    assert first["half"] != one
 
 
 def test_two_processes_go_on_to_the_same_bits(found):

@@ -255,3 +255,14 @@ def test_a_full_disk(folder, tmp_path, monkeypatch, what):
 def test_settings_out_of_range(folder, tmp_path, change, message):
     with pytest.raises(engine.InputError, match=message):
         engine.train(folder, tmp_path / "run", train_config(use_rcu=False, **change))
+
+
+def test_a_model_file_is_never_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    torch.save({"weight": Bomb()}, tmp_path / "model.safetensors")
+    with pytest.raises(engine.InputError, match=r"model.safetensors: is no model file"):
+        load_checkpoint(tmp_path / "model.safetensors", "GRCSF")
+    assert not (tmp_path / "exploded").exists()
