@@ -19,8 +19,6 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "benchmarks/results"
-# Pages of which a build may lack the file.
-LATER = ("drop-in.md", "data.md", "training.md", "prediction.md", "model-files.md")
 
 log = logging.getLogger("mkdocs.hooks.grcsf")
 
@@ -47,7 +45,7 @@ def on_config(config: Any) -> Any:
             elif target in folders:
                 pages = [{name: page} for name, page in folders[target]]
                 filled += [{title: pages}] if pages else []
-            elif target not in LATER or (ROOT / "docs" / target).is_file():
+            else:
                 filled.append(entry)
         return filled
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of augmented crops, for pretraining and for training.
+"""Augmented crops, for pretraining and for training.
 
-Every crop of a batch is a function of (seed, epoch, step, its index in the batch) alone, so a
-process may make only some of them and gets the same bits.
+Every crop is a function of the seed, the epoch and its place among the crops of the epoch, so a
+process may make only some of them, in any order, and gets the same bits.
 """
 
 from __future__ import annotations
@@ -40,38 +40,31 @@ from grcsf_kernels.engine.loop import seed_of
 _COARSE = 3.0
 
 
-class _Batches:
-    """Picks the cases of a batch and makes its crops, each from its own seed."""
+class _CropsOfCases:
+    """Picks a case for each place and makes its crop, from the place's own seed."""
 
-    def __init__(self, samples: Samples, keys: list[str], batch: int, seed: int) -> None:
-        self._samples, self._keys, self._batch, self._seed = samples, keys, batch, seed
+    def __init__(self, samples: Samples, keys: list[str], seed: int) -> None:
+        self._samples, self._keys, self._seed = samples, keys, seed
 
-    def __call__(
-        self, epoch: int, step: int, indices: Sequence[int] | None = None
-    ) -> tuple[Tensor, str]:
-        """Rows of the batch of a step.
+    def __call__(self, epoch: int, place: int) -> tuple[Tensor, str]:
+        """One crop.
 
         Args:
             epoch: from 0.
-            step: of the epoch, from 0.
-            indices: which rows of the batch; None: all of ``batch_size``.
+            place: of the crop among all crops of the epoch, from 0.
 
         Returns:
-            [B, N, *crop] float32: the channels of image, label and maps one after the other, as
-            far as there are; and the names of the cases.
+            [1, N, *crop] float32: the channels of image, label and maps one after the other, as
+            far as there are; and the name of the case.
         """
-        generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, step, 2))
-        picks = torch.randint(len(self._samples), (self._batch,), generator=generator).tolist()
-        rows = range(self._batch) if indices is None else indices
-        crops = [
-            self._crop(self._samples[picks[row]], seed_of(self._seed, epoch, step, 3, row))
-            for row in rows
-        ]
-        return torch.stack(crops), ", ".join(self._samples.names[picks[row]] for row in rows)
+        generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, place, 2))
+        pick = int(torch.randint(len(self._samples), (1,), generator=generator))
+        crop = self._crop(self._samples[pick], seed_of(self._seed, epoch, place, 3))
+        return crop[None], self._samples.names[pick]
 
     def _crop(self, sample: Sample, seed: int) -> Tensor:
-        # Made anew, which takes a millisecond: transforms keep their random state, and a batch may
-        # be made by several threads.
+        # Made anew, which takes a millisecond: transforms keep their random state, and crops may be
+        # made by several threads.
         transform = self._transform(_coarse_axis(sample))
         transform.set_random_state(seed=seed)
         parts = {key: torch.as_tensor(getattr(sample, key)) for key in self._keys}
@@ -84,17 +77,17 @@ class _Batches:
         raise NotImplementedError
 
 
-class Crops(_Batches):
-    """Random crops of images for pretraining, mirrored: [B, C, *crop].
+class Crops(_CropsOfCases):
+    """Random crops of images for pretraining, mirrored: [1, C, *crop] each.
 
     Args:
         samples: the cases.
-        config: crop and batch size, mirroring.
+        config: crop size, mirroring.
         seed: of everything random.
     """
 
     def __init__(self, samples: Samples, config: PretrainConfig, seed: int) -> None:
-        super().__init__(samples, ["image"], config.optimization.batch_size, seed)
+        super().__init__(samples, ["image"], seed)
         self._config = config
         self._transform(None)  # errors of the settings now, not at the first step
 
@@ -109,21 +102,21 @@ class Crops(_Batches):
         )
 
 
-class LesionCrops(_Batches):
-    """Augmented crops, mostly around lesions: [B, C + 1 + K, *crop], image, label and maps.
+class LesionCrops(_CropsOfCases):
+    """Augmented crops, mostly around lesions: [1, C + 1 + K, *crop] each, image, label and maps.
 
     Image, label and residual maps go through the same spatial transforms, the label by nearest
     neighbor and the others linearly.
 
     Args:
         samples: the cases, with labels.
-        config: crop and batch size, augmentation.
+        config: crop size, augmentation.
         seed: of everything random.
     """
 
     def __init__(self, samples: Samples, config: TrainConfig, seed: int) -> None:
         keys = ["image", "label"] + ([] if samples[0].residual is None else ["residual"])
-        super().__init__(samples, keys, config.optimization.batch_size, seed)
+        super().__init__(samples, keys, seed)
         self._config = config
         self._transform(None)  # errors of the settings now, not at the first step
 

@@ -90,8 +90,6 @@ def pretrain(
             torch.manual_seed(seed)
             model = _build(config, ratio, channels)
         optimization = dataclasses.replace(config.optimization, seed=seed)
-        # One by one: a crop is a function of its place among all crops, whatever its batch.
-        one = dataclasses.replace(optimization, batch_size=1)
         logs = Logs(Path(output) / "logs" / path.stem, enabled=fabric.is_global_zero)
 
         def parts(
@@ -114,7 +112,7 @@ def pretrain(
         fit(
             model,
             Task(
-                Crops(samples, dataclasses.replace(config, optimization=one), seed),
+                Crops(samples, config, seed),
                 parts,
                 None,
                 epoch_done,

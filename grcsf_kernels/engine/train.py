@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -120,16 +119,9 @@ def train(
                 return score
         return best
 
-    # One by one: a crop is a function of its place among all crops, whatever the batch it is in.
-    one = dataclasses.replace(config.optimization, batch_size=1)
     fit(
         model,
-        Task(
-            LesionCrops(training, dataclasses.replace(config, optimization=one), seed),
-            parts,
-            criterion.loss,
-            epoch_done,
-        ),
+        Task(LesionCrops(training, config, seed), parts, criterion.loss, epoch_done),
         config.optimization,
         fabric=fabric,
         state_path=path.with_suffix(".state"),
