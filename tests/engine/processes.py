@@ -136,7 +136,7 @@ def killed_writing(data, folder):
 
 
 def interrupted():
-    return segmentation(steps_per_epoch=4, accumulate=2, checkpoint_every=3)
+    return segmentation(steps_per_epoch=4, accumulate_batches=2, checkpoint_every=3)
 
 
 if __name__ == "__main__":

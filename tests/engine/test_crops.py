@@ -66,11 +66,12 @@ def test_maps_and_labels_stay_on_the_image():
     assert batch.shape == (12, 4, 20, 20, 20) and set(names) == {"a", "b"}
     assert torch.equal(image, first) and torch.equal(image, second)
     # Nearest takes a voxel at most half a voxel away on each axis: by the bump's slope 0.17. Next to
-    # what is padded the image fades and the label does not.
-    inside = torch.nn.functional.max_pool3d((image == 0).float(), 3, 1, 1) == 0
+    # what is padded, also beyond the edge of the crop, the image fades and the label does not.
+    padded = torch.nn.functional.pad((image == 0).float(), [1] * 6, value=1)
+    inside = torch.nn.functional.max_pool3d(padded, 3, 1) == 0
     assert (image[(label > 0) & inside] > 0.5 - 0.18).all()
     assert (image[(label == 0) & inside] < 0.5 + 0.18).all()
-    assert inside.float().mean() > 0.8
+    assert inside.float().mean() > 0.6
     assert set(label.unique().tolist()) == {0, 1}
     # They were moved: what is left in place is a block of the picture, to the bit.
     blocks = soft_blob()[0].unfold(0, 20, 1).unfold(1, 20, 1).unfold(2, 20, 1)

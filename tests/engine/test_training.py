@@ -59,7 +59,10 @@ def test_deeper_levels_weigh_half():
 
 def test_micro_batches_learn_what_one_batch_does(folder, tmp_path):
     """Where the loss is over the batch as a whole, and where it is a mean."""
-    found = [weights(folder, tmp_path / str(k), batch_size=4 // k, accumulate=k) for k in (1, 2, 4)]
+    found = [
+        weights(folder, tmp_path / str(k), batch_size=4 // k, accumulate_batches=k)
+        for k in (1, 2, 4)
+    ]
     assert close(found[0], found[1]) and close(found[0], found[2])
     assert not close(found[0], weights(folder, tmp_path / "other", batch_size=2))
     one, two = (
@@ -68,7 +71,7 @@ def test_micro_batches_learn_what_one_batch_does(folder, tmp_path):
             for path in engine.pretrain(
                 folder,
                 tmp_path / f"mae{k}",
-                pretrain_config(batch_size=4 // k, accumulate=k, epochs=1),
+                pretrain_config(batch_size=4 // k, accumulate_batches=k, epochs=1),
             )
         ]
         for k in (1, 4)
@@ -213,7 +216,7 @@ def test_what_may_change_between_runs(folder, tmp_path):
     engine.train(folder, tmp_path / "run", config)
     config.optimization.checkpoint_every, config.optimization.cache_gb = 1, 1.0
     engine.train(folder, tmp_path / "run", config)
-    config.optimization.accumulate = 2
+    config.optimization.accumulate_batches = 2
     with pytest.raises(engine.InputError, match="run with other settings"):
         engine.train(folder, tmp_path / "run", config)
 
@@ -246,7 +249,7 @@ def test_a_full_disk(folder, tmp_path, monkeypatch, what):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"accumulate": 0}, "accumulate: is 0; expected above 0"),
+        ({"accumulate_batches": 0}, "accumulate_batches: is 0; expected above 0"),
         ({"ema_decay": 1.0}, "ema_decay: is 1.0; expected below 1"),
         ({"workers": -1}, "workers: is -1; expected 0 or more"),
         ({"checkpoint_every": -1}, "checkpoint_every: is -1; expected 0 or more"),
