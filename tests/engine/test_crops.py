@@ -65,8 +65,8 @@ def test_maps_and_labels_stay_on_the_image():
     image, label, first, second = batch.unbind(1)
     assert batch.shape == (12, 4, 20, 20, 20) and set(names) == {"a", "b"}
     assert torch.equal(image, first) and torch.equal(image, second)
-    # Nearest takes a voxel at most half a voxel away on each axis: by the bump's slope 0.17. Next to
-    # what is padded, also beyond the edge of the crop, the image fades and the label does not.
+    # Nearest takes a voxel at most half a voxel away on each axis: by the bump's slope 0.17. Next
+    # to what is padded, also beyond the edge of the crop, the image fades and the label does not.
     padded = torch.nn.functional.pad((image == 0).float(), [1] * 6, value=1)
     inside = torch.nn.functional.max_pool3d(padded, 3, 1) == 0
     assert (image[(label > 0) & inside] > 0.5 - 0.18).all()
