@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from grcsf_kernels.models.pretrained import Pretrained
 from grcsf_kernels.models.unet import ResidualUNet
-from grcsf_kernels.nn import GCU, RCU
-
-_POOL = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+from grcsf_kernels.nn.units import attending, compensated, make_gcus, make_rcus
 
 
 class GRCSF(ResidualUNet, Pretrained):
@@ -92,25 +88,18 @@ class GRCSF(ResidualUNet, Pretrained):
             "use_gcu": use_gcu,
             "use_rcu": use_rcu,
         }
-        self.gcu = nn.ModuleList(
-            GCU(own, deeper, reduction=reduction, compensation=compensation)
-            for own, deeper in pairwise(channels)
-            if use_gcu
+        self.gcu = make_gcus(
+            channels if use_gcu else (), reduction=reduction, compensation=compensation
         )
-        self.rcu = nn.ModuleDict(
-            {
-                str(level): RCU(
-                    channels[level],
-                    num_maps,
-                    num_heads=num_heads,
-                    head_dim=head_dim,
-                    patch_size=patch_size,
-                    context_channels=channels[-1],
-                    score_channels=score_channels,
-                )
-                for level in sorted(set(rcu_levels))
-                if use_rcu
-            }
+        self.rcu = make_rcus(
+            channels,
+            rcu_levels if use_rcu else (),
+            num_maps,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            patch_size=patch_size,
+            context_channels=channels[-1],
+            score_channels=score_channels,
         )
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor | list[Tensor]:
@@ -136,17 +125,5 @@ class GRCSF(ResidualUNet, Pretrained):
                 raise ValueError(
                     f"GRCSF: residual is {found}, expected {expected} (or use_rcu=False)"
                 )
-        compensated = list(features)
-        if self.use_gcu:
-            for level, unit in enumerate(self.gcu):
-                compensated[level] = self._run(unit, features[level], features[level + 1])
-        context = features[-1].flatten(2).mean(dim=2)
-
-        def after(level: int, x: Tensor) -> Tensor:
-            if residual is None or str(level) not in self.rcu:
-                return x
-            # Means over exactly the voxels that a voxel of this level stands for.
-            maps = _POOL[self.spatial_dims](residual, x.shape[2:])  # type: ignore[arg-type]
-            return self._run(self.rcu[str(level)], x, maps, context)
-
-        return self.decode(compensated, after)
+        after = attending(self.rcu, residual, features, self._run)
+        return self.decode(compensated(self.gcu, features, self._run), after)

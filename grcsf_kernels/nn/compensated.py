@@ -4,17 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grcsf_kernels.nn.gcu import GCU
-from grcsf_kernels.nn.rcu import RCU
+from grcsf_kernels.nn.units import attending, compensated, make_gcus, make_rcus
 from grcsf_kernels.nn.walks import walk_of
-
-_POOL = {4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
 
 
 class CompensatedUNet(nn.Module):
@@ -92,24 +87,18 @@ class CompensatedUNet(nn.Module):
                 f"{1 if rcu_levels else 0} with rcu_levels={tuple(rcu_levels)}"
             )
         self.network, self.num_maps = network, num_maps
-        self.gcu = nn.ModuleList(
-            GCU(own, deeper, reduction=reduction, compensation=compensation)
-            for own, deeper in pairwise(encoded)
-            if use_gcu
+        self.gcu = make_gcus(
+            encoded if use_gcu else (), reduction=reduction, compensation=compensation
         )
-        self.rcu = nn.ModuleDict(
-            {
-                str(level): RCU(
-                    decoded[level],
-                    num_maps,
-                    num_heads=num_heads,
-                    head_dim=head_dim,
-                    patch_size=patch_size,
-                    context_channels=encoded[-1],
-                    score_channels=score_channels,
-                )
-                for level in sorted(set(rcu_levels))
-            }
+        self.rcu = make_rcus(
+            decoded,
+            rcu_levels,
+            num_maps,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            patch_size=patch_size,
+            context_channels=encoded[-1],
+            score_channels=score_channels,
         )
 
     def forward(self, x: Tensor) -> Any:
@@ -125,7 +114,7 @@ class CompensatedUNet(nn.Module):
         Raises:
             ValueError: an input with no channel left for the image.
         """
-        if x.ndim not in _POOL or x.shape[1] <= self.num_maps:
+        if x.ndim not in (4, 5) or x.shape[1] <= self.num_maps:
             raise ValueError(
                 f"CompensatedUNet: x has shape {tuple(x.shape)}, expected [B, C + "
                 f"{self.num_maps}, H, W] or [B, C + {self.num_maps}, D, H, W]: the image's C "
@@ -133,17 +122,9 @@ class CompensatedUNet(nn.Module):
             )
         image, maps = x.split([x.shape[1] - self.num_maps, self.num_maps], dim=1)
         features = list(self._walk.encode(self.network, image))
-        context = features[-1].flatten(2).mean(dim=2)
-        skips = features[:-1]
-        if len(self.gcu):
-            pairs = zip(self.gcu, pairwise(features), strict=True)
-            skips = [unit(skip, deep) for unit, (skip, deep) in pairs]
+        after = attending(self.rcu, maps, features, _call)
+        return self._walk.decode(self.network, compensated(self.gcu, features, _call), after)
 
-        def after(level: int, decoded: Tensor) -> Tensor:
-            if str(level) not in self.rcu:
-                return decoded
-            # Means over exactly the voxels that a voxel of this level stands for.
-            pooled = _POOL[x.ndim](maps, decoded.shape[2:])  # type: ignore[arg-type]
-            return self.rcu[str(level)](decoded, pooled, context)
 
-        return self._walk.decode(self.network, [*skips, features[-1]], after)
+def _call(unit: nn.Module, *inputs: Tensor) -> Tensor:
+    return unit(*inputs)
