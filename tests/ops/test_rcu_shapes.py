@@ -189,6 +189,15 @@ def test_many_patches_of_a_network(backend, device, dtype):
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_whole_vectors(backend, device, dtype):
+    """Patches that a block of a CUDA kernel takes, several each, with edges; no map's gradient."""
+    arguments = make((5, 6, 24), (13, 2, 2, 1), dtype, device, batch=1)
+    arguments[1].requires_grad_(False)
+    check(backend, arguments, (4, 4, 8), dtype, tuple(n for n in NAMES if n != "residual"))
+
+
+@on_every_backend
 def test_a_batch_of_samples_is_its_samples(backend, device):
     """No sample sees another, in the small and in the large path."""
     for patch in (4, None):
