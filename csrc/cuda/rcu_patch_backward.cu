@@ -5,13 +5,14 @@
 // grad_out lie in shared memory, and every product with them is on tensor cores (rcu_tile.cuh).
 // A lane has one line of 16 voxels: query, expectation, slope. As soon as a warp is done with a
 // tile it fetches that of the next patch, which arrives while it works on what is left. Gradients
-// of weights stay in registers over all patches of the block, and go to its slot at the end.
+// of weights stay with the block over all its patches, and go to its slot at the end.
 //
 // Bytes: x, grad_out and the maps once, grad_x once; a slot for each block.
 // Work of a warp and tile, half dtypes: 160 products on tensor cores, 16 lookups a lane.
-// Hazards: tiles are a warp's own, ordered by barriers of the warp; every other array is written
-// between two barriers of the block and read after the second, and written next after two more.
-#include "cuda/rcu_patch_room.cuh"
+// Hazards: tiles are a warp's own, ordered by barriers of the warp. What warps share of a patch is
+// written between two barriers of the block and read after the second; it is written next after two
+// more, so that no barrier stands at the end of a patch.
+#include "cuda/rcu_patch_sums.cuh"
 
 namespace grcsf {
 namespace cuda {
@@ -202,12 +203,6 @@ __device__ __forceinline__ void write_rows(const RcuProblem& m, const RcuGradien
   }
 }
 
-// Gradients of weights, as far as a lane has them: of line g and channels 8 s + 2 t, + 1. Those of
-// the last step's queries lie in shared memory: they are what would not fit the registers.
-struct WeightSums {
-  float values[2 * steps] = {}, queries[2 * steps - 2] = {};
-};
-
 // grad_x of the octets of channel 8 s + g that the lane has read of grad_out.
 template <typename T>
 __device__ __forceinline__ void write_grad_x(const Room<T>& room, const Existing<T>& existing,
@@ -242,7 +237,6 @@ template <typename T>
 __device__ __forceinline__ void spread_tile(const RcuProblem& m, const Room<T>& room, int voxels,
                                             int turn, bool more, float grad_logit,
                                             const Line& expected, Line& slope, WeightSums& sums) {
-  const int thread = static_cast<int>(threadIdx.x);
   const Lane lane;
   const Box box = room.boxes.get(turn);
   const Existing<T> existing(room, box, voxels);
@@ -253,16 +247,9 @@ __device__ __forceinline__ void spread_tile(const RcuProblem& m, const Room<T>& 
     sync_warp();  // so that no step's data is loaded far ahead
     const Octet<T> left(room.own_x, 8 * s + lane.g, 2 * lane.t),
         right(room.own_x, 8 * s + lane.g, 2 * lane.t + 1);
-    if (s + 1 < steps) {
-      sum_voxels(slope, left, right, sums.queries + 2 * s);
-    } else {
-      float last[2] = {0, 0};
-      sum_voxels(slope, left, right, last);
-      room.last_queries.add(thread, last[0]);
-      room.last_queries.add(most_threads + thread, last[1]);
-    }
+    sums.add<false>(room, s, slope, left, right);
   }
-  sync_warp();
+  sync_warp();  // lanes are done with the tile of x
   fetch_tile(m, room, room.own_x, m.x, more, turn ^ 1);
   transpose(slope);
 #pragma unroll
@@ -271,7 +258,7 @@ __device__ __forceinline__ void spread_tile(const RcuProblem& m, const Room<T>& 
     sync_warp();  // so that no step's data is loaded far ahead
     const int c = 8 * s + lane.g;
     Octet<T> left(room.own_grad, c, 2 * lane.t), right(room.own_grad, c, 2 * lane.t + 1);
-    sum_voxels(expected, left, right, sums.values + 2 * s);
+    sums.add<true>(room, s, expected, left, right);
     if (m.grad_x == nullptr) continue;
     const bool exists = c < m.channels;
     const Fragment weight = room.spread.template get_pack<4>((s * warp_size + lane.own) * 4);
@@ -283,49 +270,6 @@ __device__ __forceinline__ void spread_tile(const RcuProblem& m, const Room<T>& 
   }
   sync_warp();
   fetch_tile(m, room, room.own_grad, m.grad_out, more, turn ^ 1);
-}
-
-// The sums of all warps to the block's slot, in the order of the weights.
-template <typename T>
-__device__ __forceinline__ void write_slot(const RcuProblem& m, const RcuGradients& gradients,
-                                           const Room<T>& room, const WeightSums& sums) {
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int g = lane_index() / row_lanes, t = lane_index() % row_lanes;
-  const std::int64_t matrix = std::int64_t(m.lines) * m.channels;
-  float* values = static_cast<float*>(gradients.values) + blockIdx.x * (matrix + m.channels);
-  float* queries = static_cast<float*>(gradients.queries) + blockIdx.x * (matrix + m.lines);
-  static_assert(weight_sums <= tile_words<T>, "sums lie where x did");
-#pragma unroll
-  for (int i = 0; i < 2 * steps; ++i) {
-    const int at = g * most_channels + i / 2 * 8 + 2 * t + i % 2;
-    room.own_x.set(at, as_word(sums.values[i]));
-    const bool last = i >= 2 * steps - 2;
-    const float query =
-        last ? room.last_queries.get(i % 2 * most_threads + thread) : sums.queries[last ? 0 : i];
-    room.own_x.set(weight_sums / 2 + at, as_word(query));
-  }
-  sync_block();
-  for (int c = thread; c < m.channels; c += threads) values[matrix + c] = room.bias_sums.get(c);
-  for (int line = thread; line < m.lines; line += threads) {
-    float sum = 0;
-    for (int warp = 0; warp < threads / warp_size; ++warp) {
-      sum += room.bias_sums.get(most_channels + warp * lines + line);
-    }
-    queries[matrix + line] = sum;
-  }
-  for (int i = thread; i < weight_sums; i += threads) {
-    float sum = 0;
-    for (int warp = 0; warp < threads / warp_size; ++warp) {
-      sum += as_float(room.x.get(warp * tile_words<T> + i));
-    }
-    const int line = i % (weight_sums / 2) / most_channels, c = i % most_channels;
-    if (line >= m.lines || c >= m.channels) continue;
-    if (i < weight_sums / 2) {
-      values[weight_place<true>(m, line, c)] = sum;
-    } else {
-      queries[weight_place<false>(m, line, c)] = sum;
-    }
-  }
 }
 
 template <typename T>

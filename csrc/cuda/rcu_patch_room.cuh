@@ -15,9 +15,10 @@ namespace {
 constexpr int most_warps = most_voxels / tile_voxels, most_threads = most_warps * warp_size;
 constexpr int fields = rcu_table_fields;
 constexpr int map_parts = 3;  // of a warp: least, least of -r, sum
+constexpr int most_maps = lines, most_inputs = most_channels + most_maps;
 constexpr int absent = -1;
 constexpr int bias_values = most_channels + most_warps * lines;
-constexpr int weight_sums = 2 * lines * most_channels;  // of a warp: values, queries
+constexpr int weights = 2 * lines * most_channels;  // of values and queries
 
 // Blocks whose registers a multiprocessor must have.
 template <typename T>
@@ -28,7 +29,15 @@ struct VectorPlace {
   int offset, d, h, w;
 };
 
-// The block's shared memory.
+// Steps of whose channels a lane keeps the sums for gradients of weights in registers. The others
+// lie in shared memory: with all in registers, two blocks would not fit a multiprocessor.
+template <bool of_values>
+constexpr int kept_steps = of_values ? 3 : 2;
+constexpr int queries_there = 2 * (steps - kept_steps<false>);  // of a thread
+constexpr int sums_there = queries_there + 2 * (steps - kept_steps<true>);
+
+// The block's shared memory. First what has a size that the compiler knows, where it may be a
+// little more than is used: places that it does not know wait in registers.
 template <typename T>
 struct Room {
   Shared<unsigned> x, grad, residual;     // [warps][tile] each, [maps][voxels of the patch]
@@ -44,7 +53,7 @@ struct Room {
   Shared<float> active, gate;        // [hidden]: before the maximum; weight2 where it passes
   Shared<RcuPlan<float>> plans;      // [maps]
   Shared<float> tables;              // [maps][most_nodes][fields]
-  Shared<float> last_queries;        // [2][most_threads]: see WeightSums
+  Shared<float> weight_sums;         // [sums_there][most_threads]
   Shared<unsigned> own_x, own_grad;  // of this warp
 
   __device__ __forceinline__ Room(const RcuProblem& m, int voxels) {
@@ -55,7 +64,7 @@ struct Room {
     spread = arena.take<float>(fragment_values);
     query_bias = arena.take<float>(lines);
     value_bias = arena.take<float>(most_channels);
-    last_queries = arena.take<float>(2 * most_threads);
+    weight_sums = arena.take<float>(sums_there * most_threads);
     extremes = arena.take<float>(most_warps * ranges);
     of_x = arena.take<float>(most_warps * most_channels);
     of_grad = arena.take<float>(most_warps * most_channels);
@@ -63,16 +72,16 @@ struct Room {
     scores = arena.take<float>(3);
     boxes = arena.take<Box>(2);
     bias_sums = arena.take<float>(bias_values);
+    of_maps = arena.take<float>(most_warps * most_maps * map_parts);
+    averages = arena.take<float>(most_inputs);
+    pull = arena.take<float>(most_inputs);
+    plans = arena.take<RcuPlan<float>>(most_maps);
     places = arena.take<VectorPlace>(warps * tile_vectors<T>);
     x = arena.take<unsigned>(warps * tile_words<T>);
     grad = arena.take<unsigned>(warps * tile_words<T>);
     residual = arena.take<unsigned>(m.maps * voxels * static_cast<int>(sizeof(T)) / word_bytes);
-    of_maps = arena.take<float>(warps * m.maps * map_parts);
-    averages = arena.take<float>(m.inputs);
-    pull = arena.take<float>(m.inputs);
     active = arena.take<float>(m.hidden);
     gate = arena.take<float>(m.hidden);
-    plans = arena.take<RcuPlan<float>>(m.maps);
     tables = arena.take<float>(m.maps * most_nodes<T> * fields);
     own_x = x.from(warp_index() * tile_words<T>);
     own_grad = grad.from(warp_index() * tile_words<T>);
@@ -88,10 +97,10 @@ std::size_t room_bytes(const RcuProblem& m, int voxels, int warps) {
          shared_bytes<VectorPlace>(warps * tile_vectors<T>) +
          2 * shared_bytes<unsigned>(warps * tile_words<T>) +
          shared_bytes<unsigned>(m.maps * voxels * static_cast<int>(sizeof(T)) / word_bytes) +
-         shared_bytes<float>(warps * m.maps * map_parts) + 2 * shared_bytes<float>(m.inputs) +
-         2 * shared_bytes<float>(m.hidden) + shared_bytes<RcuPlan<float>>(m.maps) +
-         shared_bytes<float>(m.maps * most_nodes<T> * fields) +
-         shared_bytes<float>(2 * most_threads);
+         shared_bytes<float>(most_warps * most_maps * map_parts) +
+         2 * shared_bytes<float>(most_inputs) + shared_bytes<RcuPlan<float>>(most_maps) +
+         2 * shared_bytes<float>(m.hidden) + shared_bytes<float>(m.maps * most_nodes<T> * fields) +
+         shared_bytes<float>(sums_there * most_threads);
 }
 
 // What does not change from patch to patch.
@@ -119,8 +128,8 @@ __device__ __forceinline__ void stage_constants(const RcuProblem& m, const Room<
         4 * i, split_rows(weight(of_queries, m.query_weight, t, row),
                           weight(of_queries, m.query_weight, t + row_lanes, row)));
   }
-  room.last_queries.set(thread, 0);
-  room.last_queries.set(most_threads + thread, 0);
+#pragma unroll
+  for (int i = 0; i < sums_there; ++i) room.weight_sums.set(i * most_threads + thread, 0);
   for (int i = thread; i < bias_values; i += threads) room.bias_sums.set(i, 0);
   if (thread == 0) room.boxes.set(0, box_of(m, static_cast<int>(blockIdx.x)));
   for (int line = thread; line < lines; line += threads) {

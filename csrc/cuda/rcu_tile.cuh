@@ -3,10 +3,9 @@
 //
 // A warp has a tile of x and one of grad_out in shared memory, which no other warp touches. A tile
 // is eight octets of adjacent voxels. Lane 4 g + t (tensor_core.cuh)
-// - reads octet g of channels 8 s + 2 t and 8 s + 2 t + 1 for sums over channels, which leave line
-// g
-//   of octets 2 t and 2 t + 1 in its registers: `Line`;
-// - reads octets 2 t and 2 t + 1 of channels 8 s + g for sums over voxels, whose other operand are
+// - reads octet g of channels 8 s + 2 t and 8 s + 2 t + 1 for sums over channels, which leave
+//   line g of octets 2 t and 2 t + 1 in its registers: `Line`;
+// - reads octets 2 t and 2 t + 1 of channels 8 s + g for sums over voxels, whose other operands are
 //   such lines, and for sums over lines, which leave just these octets.
 //
 // Hazards: vectors of a channel are permuted so that the eight lanes that read at a time find them
