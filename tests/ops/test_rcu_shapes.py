@@ -198,6 +198,15 @@ def test_rows_of_whole_vectors(backend, device, dtype):
 
 
 @on_every_backend
+def test_small_patches_of_queries_far_apart(backend, device):
+    """So far apart that direct sums take the place of a table, forward and backward."""
+    arguments = make((4, 6, 16), (5, 2, 2, 1), torch.bfloat16, device, batch=1)
+    with torch.no_grad():
+        arguments[NAMES.index("query_weight")] *= 40
+    check(backend, arguments, (4, 4, 8), torch.bfloat16)
+
+
+@on_every_backend
 def test_a_batch_of_samples_is_its_samples(backend, device):
     """No sample sees another, in the small and in the large path."""
     for patch in (4, None):
