@@ -25,6 +25,7 @@ __device__ __forceinline__ void find_hidden(const RcuProblem& m, const Room<T>& 
   const Box box = room.boxes.get(turn);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const float* weight1 = weights_at<float>(m.weight1);
+  float passing = 0;
   for (int unit = warp_index(); unit < m.hidden; unit += threads / warp_size) {
     float sum = 0;
     for (int input = lane_index(); input < m.inputs; input += warp_size) {
@@ -32,10 +33,12 @@ __device__ __forceinline__ void find_hidden(const RcuProblem& m, const Room<T>& 
     }
     sum = warp_sum(sum) + weights_at<float>(m.bias1)[std::int64_t(box.sample) * m.hidden + unit];
     const bool passes = !(sum <= 0);  // NaN passes
+    if (passes) passing = 1;
     if (lane_index() != 0) continue;
     room.active.set(unit, passes ? sum : 0.0f);
     room.gate.set(unit, passes ? weights_at<float>(m.weight2)[unit] : 0.0f);
   }
+  if (lane_index() == 0) room.passing.set(warp_index(), passing);
   for (int input = thread; input < m.inputs; input += threads) {
     static_cast<float*>(m.means)[patch * m.inputs + input] = room.averages.get(input);
   }
@@ -185,6 +188,15 @@ __device__ __forceinline__ float find_logit(const Room<T>& room) {
   return (warp_sum(reached) + room.scores.get(1)) * score * (1 - score);
 }
 
+// What a pull becomes: 0 where no unit passes, also if the gradient of the logit is not finite.
+template <typename T>
+__device__ __forceinline__ float mean_scale(const Room<T>& room, float grad_logit) {
+  const int warps = static_cast<int>(blockDim.x) / warp_size;
+  float passing = 0;
+  for (int warp = 0; warp < warps; ++warp) passing += room.passing.get(warp);
+  return passing == 0 ? 0.0f : grad_logit * room.scores.get(2);
+}
+
 template <typename T>
 __device__ __forceinline__ void write_rows(const RcuProblem& m, const RcuGradients& gradients,
                                            const Room<T>& room, std::int64_t patch,
@@ -193,13 +205,15 @@ __device__ __forceinline__ void write_rows(const RcuProblem& m, const RcuGradien
   float* row = static_cast<float*>(gradients.rows) + patch * (1 + 2 * m.hidden);
   if (thread == 0) row[0] = grad_logit;
   for (int unit = thread; unit < m.hidden; unit += threads) {
-    row[1 + unit] = grad_logit * room.gate.get(unit);
-    row[1 + m.hidden + unit] = grad_logit * room.active.get(unit);
+    const float active = room.active.get(unit);  // 0: the unit passes nothing on
+    row[1 + unit] = active == 0 ? 0.0f : grad_logit * room.gate.get(unit);
+    row[1 + m.hidden + unit] = active == 0 ? 0.0f : grad_logit * active;
   }
   if (gradients.means == nullptr) return;
+  const float of_means = mean_scale(room, grad_logit);
   for (int input = thread; input < m.inputs; input += threads) {
     static_cast<float*>(gradients.means)[patch * m.inputs + input] =
-        grad_logit * room.pull.get(input) * room.scores.get(2);
+        of_means * room.pull.get(input);
   }
 }
 
@@ -240,7 +254,7 @@ __device__ __forceinline__ void spread_tile(const RcuProblem& m, const Room<T>& 
   const Lane lane;
   const Box box = room.boxes.get(turn);
   const Existing<T> existing(room, box, voxels);
-  const float of_means = grad_logit * room.scores.get(2);
+  const float of_means = mean_scale(room, grad_logit);
 #pragma unroll
   for (int s = 0; s < steps; ++s) {
     if (8 * s >= m.channels) continue;

@@ -48,6 +48,7 @@ struct Room {
   Shared<float> bias_sums;                // [channels] and [warps][lines], over all patches
   Shared<float> extremes, of_x, of_grad;  // [warps][ranges], [warps][channels] twice
   Shared<float> of_maps, reached;         // [warps][maps][map_parts], [warps]
+  Shared<float> passing;                  // [warps]: not 0 where a hidden unit passes
   Shared<float> scores;              // of the patch, its gradient, and one over the patch's voxels
   Shared<float> averages, pull;      // [inputs]: of the patch; what a logit pulls at them
   Shared<float> active, gate;        // [hidden]: before the maximum; weight2 where it passes
@@ -69,6 +70,7 @@ struct Room {
     of_x = arena.take<float>(most_warps * most_channels);
     of_grad = arena.take<float>(most_warps * most_channels);
     reached = arena.take<float>(most_warps);
+    passing = arena.take<float>(most_warps);
     scores = arena.take<float>(3);
     boxes = arena.take<Box>(2);
     bias_sums = arena.take<float>(bias_values);
@@ -92,7 +94,7 @@ template <typename T>
 std::size_t room_bytes(const RcuProblem& m, int voxels, int warps) {
   return 3 * shared_bytes<float>(fragment_values) + shared_bytes<float>(lines) +
          shared_bytes<float>(most_channels) + shared_bytes<float>(most_warps * ranges) +
-         2 * shared_bytes<float>(most_warps * most_channels) + shared_bytes<float>(most_warps) +
+         2 * shared_bytes<float>(most_warps * most_channels) + 2 * shared_bytes<float>(most_warps) +
          shared_bytes<Box>(2) + shared_bytes<float>(3) + shared_bytes<float>(bias_values) +
          shared_bytes<VectorPlace>(warps * tile_vectors<T>) +
          2 * shared_bytes<unsigned>(warps * tile_words<T>) +
