@@ -18,7 +18,7 @@ constexpr int map_parts = 3;  // of a warp: least, least of -r, sum
 constexpr int most_maps = lines, most_inputs = most_channels + most_maps;
 constexpr int absent = -1;
 constexpr int bias_values = most_channels + most_warps * lines;
-constexpr int weights = 2 * lines * most_channels;  // of values and queries
+constexpr int both_weights = 2 * lines * most_channels;  // of values and queries
 
 // Blocks whose registers a multiprocessor must have.
 template <typename T>

@@ -54,12 +54,12 @@ __device__ __forceinline__ void write_slot(const RcuProblem& m, const RcuGradien
   const std::int64_t matrix = std::int64_t(m.lines) * m.channels;
   float* values = static_cast<float*>(gradients.values) + blockIdx.x * (matrix + m.channels);
   float* queries = static_cast<float*>(gradients.queries) + blockIdx.x * (matrix + m.lines);
-  static_assert(weights <= tile_words<T>, "they lie where x did");
+  static_assert(both_weights <= tile_words<T>, "they lie where x did");
 #pragma unroll
   for (int i = 0; i < 2 * steps; ++i) {
     const int at = g * most_channels + i / 2 * 8 + 2 * t + i % 2;
     room.own_x.set(at, as_word(sums.get<true>(room, i)));
-    room.own_x.set(weights / 2 + at, as_word(sums.get<false>(room, i)));
+    room.own_x.set(both_weights / 2 + at, as_word(sums.get<false>(room, i)));
   }
   sync_block();
   for (int c = thread; c < m.channels; c += threads) values[matrix + c] = room.bias_sums.get(c);
@@ -70,14 +70,14 @@ __device__ __forceinline__ void write_slot(const RcuProblem& m, const RcuGradien
     }
     queries[matrix + line] = sum;
   }
-  for (int i = thread; i < weights; i += threads) {
+  for (int i = thread; i < both_weights; i += threads) {
     float sum = 0;
     for (int warp = 0; warp < threads / warp_size; ++warp) {
       sum += as_float(room.x.get(warp * tile_words<T> + i));
     }
-    const int line = i % (weights / 2) / most_channels, c = i % most_channels;
+    const int line = i % (both_weights / 2) / most_channels, c = i % most_channels;
     if (line >= m.lines || c >= m.channels) continue;
-    if (i < weights / 2) {
+    if (i < both_weights / 2) {
       values[weight_place<true>(m, line, c)] = sum;
     } else {
       queries[weight_place<false>(m, line, c)] = sum;
