@@ -149,61 +149,70 @@ __device__ __forceinline__ void store_once(T* to, const Pack<T, N>& pack) {
 #endif
 }
 
-// A pack that stays as it was loaded while it waits in registers: half dtypes take two values to a
-// register, where the values of a Pack may be spread over one each.
-template <typename T, int N>
-class Waiting {
- public:
-  __device__ __forceinline__ static Waiting load(const T* from) {
-    return Waiting(load_pack<T, N>(from));
+// The same bits as another type of four bytes.
+__device__ __forceinline__ float as_float(unsigned word) {
+#ifdef GRCSF_EMULATED
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+#else
+  return __uint_as_float(word);
+#endif
+}
+__device__ __forceinline__ unsigned as_word(float value) {
+#ifdef GRCSF_EMULATED
+  unsigned word;
+  std::memcpy(&word, &value, sizeof word);
+  return word;
+#else
+  return __float_as_uint(value);
+#endif
+}
+
+// N values of T that wait in registers as they lie in memory: half dtypes take two to a register,
+// where those of a Pack may be spread over one each. They are widened where they are used, and
+// written two at a time.
+template <typename T, int N = full_pack<T>>
+struct Words {
+  using Word = std::conditional_t<sizeof(T) * N % 4 == 0, unsigned, unsigned short>;
+  static constexpr int size = sizeof(T) * N / sizeof(Word);
+  static_assert(N == 1 || sizeof(Word) == 4, "whole registers");
+  alignas(sizeof(T) * N) Word words[size];
+
+  __device__ __forceinline__ static Words load(const T* from) {
+    return of(load_pack<Word, size>(reinterpret_cast<const Word*>(from)));
   }
-  __device__ __forceinline__ static Waiting load_once(const T* from) {
-    return Waiting(cuda::load_once<T, N>(from));
+  __device__ __forceinline__ static Words load_once(const T* from) {
+    return of(cuda::load_once<Word, size>(reinterpret_cast<const Word*>(from)));
   }
-  Waiting() = default;
+  __device__ __forceinline__ static Words of(const Pack<Word, size>& pack) {
+    Words result;
+    memcpy(result.words, &pack, sizeof pack);
+    return result;
+  }
+  __device__ __forceinline__ void store_once(T* to) const {
+    Pack<Word, size> pack;
+    memcpy(&pack, words, sizeof pack);
+    cuda::store_once(reinterpret_cast<Word*>(to), pack);
+  }
 
   // Value i, widened.
   __device__ __forceinline__ ComputeType<T> get(int i) const {
-#ifndef GRCSF_EMULATED
-    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
-      const unsigned word = words_[i / 2];
+    if constexpr (std::is_same_v<T, float>) {
+      return as_float(words[i]);
+    } else if constexpr (sizeof(T) == 2) {
+      const unsigned word = words[N % 2 == 0 ? i / 2 : i];
       if constexpr (std::is_same_v<T, bfloat16>) {
-        return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+        return as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
       } else {
-        const unsigned half = i % 2 == 0 ? word & 0xffffu : word >> 16;
-        return widened(float16{static_cast<unsigned short>(half)});
+        return widened(float16{static_cast<std::uint16_t>(i % 2 == 0 ? word : word >> 16)});
       }
+    } else {
+      return widened(reinterpret_cast<const T*>(words)[i]);
     }
-#endif
-    return widened(reinterpret_cast<const T*>(words_)[i]);
   }
 
- private:
-  using Word = std::conditional_t<sizeof(T) * N % 4 == 0, unsigned, unsigned short>;
-  __device__ __forceinline__ explicit Waiting(const Pack<T, N>& pack) {
-    memcpy(words_, &pack, sizeof pack);
-  }
-  alignas(sizeof(T) * N) Word words_[sizeof(T) * N / sizeof(Word)];
-};
-
-// Values of T in 16 bytes that a thread keeps: as words, since single half values would take a
-// register each. They are widened where they are used, and written two at a time.
-template <typename T>
-struct Words {
-  static constexpr int count = full_pack<T>;
-  unsigned words[4];
-
-  __device__ __forceinline__ float get(int i) const {
-    if constexpr (std::is_same_v<T, float>) return as_float(words[i]);
-    const unsigned word = words[i / 2];
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      return as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
-    }
-    const auto bits = static_cast<std::uint16_t>(i % 2 == 0 ? word : word >> 16);
-    return widened(float16{bits});
-  }
-
-  // Values i and i + 1, i even.
+  // Values i and i + 1, i even; not of double.
   __device__ __forceinline__ void set_pair(int i, float first, float second) {
     if constexpr (std::is_same_v<T, float>) {
       words[i] = as_word(first);
@@ -217,35 +226,11 @@ struct Words {
   // next use, instead of keeping what it had before in registers.
   __device__ __forceinline__ void renew() {
 #ifndef GRCSF_EMULATED
+    static_assert(size == 4, "16 bytes");
     asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])::"memory");
 #endif
   }
-
-  __device__ __forceinline__ static float as_float(unsigned word) {
-#ifdef GRCSF_EMULATED
-    float value;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
-#else
-    return __uint_as_float(word);
-#endif
-  }
-  __device__ __forceinline__ static unsigned as_word(float value) {
-#ifdef GRCSF_EMULATED
-    unsigned word;
-    std::memcpy(&word, &value, sizeof word);
-    return word;
-#else
-    return __float_as_uint(value);
-#endif
-  }
 };
-
-template <typename T>
-__device__ __forceinline__ void store_words_once(T* to, const Words<T>& from) {
-  store_once(reinterpret_cast<unsigned*>(to),
-             Pack<unsigned, 4>{{from.words[0], from.words[1], from.words[2], from.words[3]}});
-}
 
 // ---- Arithmetic --------------------------------------------------------------------------------
 
@@ -289,10 +274,22 @@ __device__ __forceinline__ float exp2_fast(float value) {
 __device__ __forceinline__ double exp2_fast(double value) { return exp2(value); }
 
 // The same number, of which the compiler knows nothing: sums that begin with it are not taken apart
-// into constants that would wait in registers.
+// into constants that would wait in registers, nor kept from one turn of a loop for the next.
 __device__ __forceinline__ std::int64_t opaque(std::int64_t value) {
 #ifndef GRCSF_EMULATED
   asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+__device__ __forceinline__ int opaque(int value) {
+#ifndef GRCSF_EMULATED
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+__device__ __forceinline__ float opaque(float value) {
+#ifndef GRCSF_EMULATED
+  asm volatile("" : "+f"(value));
 #endif
   return value;
 }

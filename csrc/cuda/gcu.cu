@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
 
   A products[Tile::voxels] = {}, skip_squares[Tile::voxels] = {}, up_squares[Tile::voxels] = {};
   A factor[Tile::voxels] = {};
-  Waiting<T, size> held[packs];
+  Words<T, size> held[packs];
   const bool once = m.channels <= m.span;
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(tile_threads, 4) gcu_forward_kernel(const Volu
 #pragma unroll
         for (int s = 0; s < packs; ++s) {
           const int c = channel_of<Tile, packs>(m.group_bits, lane, c0, s);
-          if (c < m.channels) held[s] = Waiting<T, size>::load_once(skip + (at + s * m.step));
+          if (c < m.channels) held[s] = Words<T, size>::load_once(skip + (at + s * m.step));
         }
       }
 #pragma unroll

@@ -106,7 +106,7 @@ struct Held {
   const Volumes& m;
   const Lane lane;
   const int sample;
-  Waiting<T, size> skip[packs], grad[packs];
+  Words<T, size> skip[packs], grad[packs];
   A up[packs][size];              // gated
   A gate[packs][Tile::channels];  // sums of (gradient of f) * skip
 
@@ -134,8 +134,8 @@ struct Held {
     each(
         c0,
         [&](int s, int) {
-          skip[s] = Waiting<T, size>::load(static_cast<const T*>(m.skip) + at);
-          grad[s] = Waiting<T, size>::load_once(static_cast<const T*>(m.grad) + at);
+          skip[s] = Words<T, size>::load(static_cast<const T*>(m.skip) + at);
+          grad[s] = Words<T, size>::load_once(static_cast<const T*>(m.grad) + at);
         },
         [&] { at = opaque(at + m.step); });
   }

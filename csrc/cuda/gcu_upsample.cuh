@@ -31,7 +31,7 @@ struct Columns<T, Path::doubled, size, A> {
   __device__ __forceinline__ void interpolate(const Rows& rows, const A* gates, A* up) const {
     A columns[size / 2 + 2] = {};
     rows.each([&](const T* row, A weight) {
-      const auto middle = Waiting<T, size / 2>::load(row);
+      const auto middle = Words<T, size / 2>::load(row);
       A left = middle.get(0), right = middle.get(size / 2 - 1);
       if (has_left) left = widened(row[-1]);
       if (has_right) right = widened(row[size / 2]);
@@ -98,8 +98,8 @@ struct Columns<T, Path::channels_last, size, A> {
 #pragma unroll
     for (int e = 0; e < size; ++e) up[e] = 0;
     rows.each([&](const T* row, A weight) {
-      const auto left = Waiting<T, size>::load(row);
-      const auto right = Waiting<T, size>::load(row + step);
+      const auto left = Words<T, size>::load(row);
+      const auto right = Words<T, size>::load(row + step);
       const A right_weight = weight * fraction, left_weight = weight - right_weight;
 #pragma unroll
       for (int e = 0; e < size; ++e) {

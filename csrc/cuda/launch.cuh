@@ -15,7 +15,6 @@
 
 namespace grcsf {
 namespace cuda {
-namespace {
 
 // "2x32x128x128x128"
 inline std::string shape_of(const TensorView& view) {
@@ -46,6 +45,12 @@ class Queue {
 
   int multiprocessors() const { return multiprocessors_; }
 
+  // Bytes of shared memory that a block may ask for, and that a multiprocessor has.
+  std::size_t shared_of_block() const { return size_of(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  std::size_t shared_of_multiprocessor() const {
+    return size_of(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  }
+
   // Starts `blocks` blocks of `threads` threads; nothing for 0 blocks.
   template <typename... Parameters, typename... Arguments>
   void launch(const char* kernel_name, void (*kernel)(Parameters...), std::int64_t blocks,
@@ -71,6 +76,12 @@ class Queue {
   }
 
  private:
+  std::size_t size_of(cudaDeviceAttr attribute) const {
+    int size = 0;
+    check(cudaDeviceGetAttribute(&size, attribute, view_.device_index), "its shared memory");
+    return static_cast<std::size_t>(size);
+  }
+
   void check(cudaError_t status, const char* what) const {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // the next call's error is its own
@@ -87,6 +98,8 @@ class Queue {
   cudaStream_t stream_;
   int before_ = 0, multiprocessors_ = 0;
 };
+
+namespace {
 
 inline std::int64_t blocks_for(std::int64_t count, std::int64_t each) {
   return (count + each - 1) / each;

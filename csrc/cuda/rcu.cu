@@ -48,8 +48,8 @@ void forward(const RcuArguments& arguments) {
   using A = ComputeType<T>;
   const Queue queue("rcu", arguments.x, arguments.cuda.stream);
   RcuProblem m = rcu_problem(arguments, queue);
-  if (rcu_patch_forward(arguments, m)) return;
-  rcu_prepare(arguments, m, true);
+  if (rcu_patch_forward(arguments, queue, m)) return;
+  rcu_prepare(arguments, queue, m, true);
   const std::size_t shared =
       shared_bytes<A>(stage_values) + shared_bytes<A>(m.tile_keys * m.key_lines);
   const auto kernel = m.map_channels > 1 ? rcu_output_kernel<T, true> : rcu_output_kernel<T, false>;

@@ -22,16 +22,6 @@ constexpr int small_threads = 128;  // of a block for a patch
 constexpr int sum_threads = 256;
 constexpr int most_splits = 256;  // of the patches, for the gradients of the scoring network
 
-// Scratch of backward.
-struct Gradients {
-  void *values, *queries;  // [slots][lines * C + C], [slots][lines * C + lines]
-  void* reached;           // [units]: gradients of scores through the voxels
-  void* rows;              // [patches][1 + 2 * hidden]: logit, hidden, active * logit
-  void* means;             // [patches][inputs]: for one voxel
-  void* network;           // [splits][hidden * inputs + hidden + 1]
-  int splits;
-};
-
 __device__ __forceinline__ std::int64_t value_slot(const RcuProblem& m) {
   return std::int64_t(m.lines + 1) * m.channels;
 }
@@ -72,7 +62,7 @@ std::size_t space_bytes(const RcuProblem& m) {
 // First pass: sums over the voxels of grad_out . y, and gradients of value weights and bias.
 template <typename T, bool many>
 __global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T, many>)
-    rcu_values_kernel(const RcuProblem m, const Gradients gradients) {
+    rcu_values_kernel(const RcuProblem m, const RcuGradients gradients) {
   using A = ComputeType<T>;
   const Space<A> space(m);
   const int thread = static_cast<int>(threadIdx.x);
@@ -115,7 +105,7 @@ __global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T, many>)
 // Second pass: gradients of x, of query weights and bias.
 template <typename T, bool many>
 __global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T, many>)
-    rcu_queries_kernel(const RcuProblem m, const Gradients gradients) {
+    rcu_queries_kernel(const RcuProblem m, const RcuGradients gradients) {
   using A = ComputeType<T>;
   const Space<A> space(m);
   const int thread = static_cast<int>(threadIdx.x), warps = m.threads / warp_size;
@@ -161,7 +151,7 @@ __global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T, many>)
 // A block a patch: the scoring network backward, up to the sums over patches.
 template <typename A>
 __global__ void __launch_bounds__(small_threads)
-    rcu_score_kernel(const RcuProblem m, const Gradients gradients) {
+    rcu_score_kernel(const RcuProblem m, const RcuGradients gradients) {
   constexpr int warps = small_threads / warp_size;
   SharedArena arena;
   const auto units = arena.take<A>(m.hidden);
@@ -208,7 +198,7 @@ __global__ void __launch_bounds__(small_threads)
 // takes 32 neighbouring outputs, whose rows it reads as broadcasts.
 template <typename A>
 __global__ void __launch_bounds__(sum_threads)
-    rcu_network_kernel(const RcuProblem m, const Gradients gradients) {
+    rcu_network_kernel(const RcuProblem m, const RcuGradients gradients) {
   const std::int64_t begin = m.patches * blockIdx.x / gradients.splits;
   const std::int64_t end = m.patches * (blockIdx.x + std::int64_t(1)) / gradients.splits;
   const int matrix = m.hidden * m.inputs, all = matrix + m.hidden + 1;
@@ -230,7 +220,7 @@ __global__ void __launch_bounds__(sum_threads)
 // The gradient of score_bias1 [B, hidden], a block each.
 template <typename A>
 __global__ void __launch_bounds__(sum_threads)
-    rcu_bias_kernel(const RcuProblem m, const Gradients gradients, A* to) {
+    rcu_bias_kernel(const RcuProblem m, const RcuGradients gradients, A* to) {
   SharedArena arena;
   const auto sums = arena.take<A>(sum_threads / warp_size);
   const std::int64_t sample = blockIdx.x / m.hidden;
@@ -274,14 +264,34 @@ struct Backward {
   const RcuArguments& arguments;
   const Queue queue;
   RcuProblem m;
-  Gradients gradients{};
+  RcuGradients gradients{};
 
   explicit Backward(const RcuArguments& given)
       : arguments(given), queue("rcu", given.x, given.cuda.stream), m(rcu_problem(given, queue)) {}
 
   void run() {
-    rcu_prepare(arguments, m, false);
-    take_scratch();
+    if (!rcu_patch_backward(arguments, queue, m, gradients)) run_passes();
+    constexpr int patches_of_split = 32;
+    gradients.splits =
+        static_cast<int>(least<std::int64_t>(most_splits, blocks_for(m.patches, patches_of_split)));
+    gradients.network =
+        arguments.cuda.take<A>(gradients.splits * (std::int64_t(m.hidden) * (m.inputs + 1) + 1));
+    queue.launch("rcu_network", rcu_network_kernel<A>, gradients.splits, sum_threads, 0, m,
+                 gradients);
+    sum_all();
+    if (m.grad_residual != nullptr) rcu_map_gradient(arguments, queue, m, gradients.means);
+  }
+
+  // Patches of any size, in passes over all voxels.
+  void run_passes() {
+    rcu_prepare(arguments, queue, m, false);
+    const CudaResources& cuda = arguments.cuda;
+    gradients.slots = m.slots;
+    gradients.values = cuda.take<A>(m.slots * std::int64_t(m.lines + 1) * m.channels);
+    gradients.queries = cuda.take<A>(m.slots * std::int64_t(m.lines) * (m.channels + 1));
+    gradients.reached = cuda.take<A>(m.units);
+    gradients.rows = cuda.take<A>(m.patches * (1 + 2 * m.hidden));
+    gradients.means = cuda.take<A>(m.patches * m.inputs);
     const auto values =
         m.map_channels > 1 ? rcu_values_kernel<T, true> : rcu_values_kernel<T, false>;
     const auto queries =
@@ -291,26 +301,6 @@ struct Backward {
                  shared_bytes<A>(m.hidden) + shared_bytes<A>(small_threads / warp_size), m,
                  gradients);
     queue.launch("rcu_queries", queries, m.slots, m.threads, space_bytes<A>(m), m, gradients);
-    queue.launch("rcu_network", rcu_network_kernel<A>, gradients.splits, sum_threads, 0, m,
-                 gradients);
-    sum_all();
-    if (m.grad_residual != nullptr) {
-      rcu_map_gradient(arguments, m, gradients.means);
-    }
-  }
-
-  void take_scratch() {
-    constexpr int patches_of_split = 32;
-    const CudaResources& cuda = arguments.cuda;
-    const std::int64_t lines = m.lines, channels = m.channels, inputs = m.inputs;
-    gradients.splits =
-        static_cast<int>(least<std::int64_t>(most_splits, blocks_for(m.patches, patches_of_split)));
-    gradients.values = cuda.take<A>(m.slots * (lines + 1) * channels);
-    gradients.queries = cuda.take<A>(m.slots * lines * (channels + 1));
-    gradients.reached = cuda.take<A>(m.units);
-    gradients.rows = cuda.take<A>(m.patches * (1 + 2 * m.hidden));
-    gradients.means = cuda.take<A>(m.patches * inputs);
-    gradients.network = cuda.take<A>(gradients.splits * (m.hidden * (inputs + 1) + 1));
   }
 
   // `count` values of every slot of `size`, from `first` on.
@@ -325,10 +315,10 @@ struct Backward {
     const RcuWeights& to = arguments.grad_weights;
     const std::int64_t matrix = std::int64_t(m.lines) * m.channels;
     const std::int64_t of_values = matrix + m.channels, of_queries = matrix + m.lines;
-    sum(gradients.values, of_values, 0, matrix, m.slots, to.value_weight);
-    sum(gradients.values, of_values, matrix, m.channels, m.slots, to.value_bias, m.maps);
-    sum(gradients.queries, of_queries, 0, matrix, m.slots, to.query_weight);
-    sum(gradients.queries, of_queries, matrix, m.lines, m.slots, to.query_bias);
+    sum(gradients.values, of_values, 0, matrix, gradients.slots, to.value_weight);
+    sum(gradients.values, of_values, matrix, m.channels, gradients.slots, to.value_bias, m.maps);
+    sum(gradients.queries, of_queries, 0, matrix, gradients.slots, to.query_weight);
+    sum(gradients.queries, of_queries, matrix, m.lines, gradients.slots, to.query_bias);
     const std::int64_t first = std::int64_t(m.hidden) * m.inputs, all = first + m.hidden + 1;
     sum(gradients.network, all, 0, first, gradients.splits, to.score_weight1);
     sum(gradients.network, all, first, m.hidden, gradients.splits, to.score_weight2);

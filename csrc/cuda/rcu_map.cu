@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(rcu_most_threads, rcu_blocks<T>)
 }
 
 template <typename T>
-void map_gradient(const RcuArguments& arguments, const RcuProblem& m, const void* grad_means) {
-  const Queue queue("rcu", arguments.x, arguments.cuda.stream);
+void map_gradient(const RcuArguments& arguments, const Queue& queue, const RcuProblem& m,
+                  const void* grad_means) {
   using A = ComputeType<T>;
   const bool many = m.map_channels > 1;
   const int pack = many ? full_pack<A> : 2;  // queries begin at multiples of a pack
@@ -193,10 +193,10 @@ void map_gradient(const RcuArguments& arguments, const RcuProblem& m, const void
 
 }  // namespace
 
-void rcu_map_gradient(const RcuArguments& arguments, const RcuProblem& problem,
+void rcu_map_gradient(const RcuArguments& arguments, const Queue& queue, const RcuProblem& problem,
                       const void* grad_means) {
   for_dtype(arguments.x.dtype, [&](auto type) {
-    map_gradient<typename decltype(type)::type>(arguments, problem, grad_means);
+    map_gradient<typename decltype(type)::type>(arguments, queue, problem, grad_means);
   });
 }
 

@@ -90,41 +90,6 @@ __device__ __forceinline__ void find_score(const RcuProblem& m, const Space& spa
   static_cast<float*>(m.scores)[patch] = score;
 }
 
-// The tables of all maps; warps take groups of four nodes in turn.
-template <typename T>
-__device__ __forceinline__ void make_tables(const RcuProblem& m, const Space& space, int voxels) {
-  const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
-  int item = warp_index();  // of all groups of nodes that are still to come
-  for (int map = 0; map < m.maps; ++map) {
-    const RcuPlan<float> plan = space.plans.get(map);
-    const int count = plan.nodes / nodes_at_once;
-    for (; item < count; item += warps) {
-      Moments<float> moments(plan, item * nodes_at_once);
-      for (int v = lane; v < voxels; v += warp_size) {
-        moments.add(space.residual.get(map * voxels + v));
-      }
-      float values[nodes_at_once * rcu_table_fields];
-#pragma unroll
-      for (int i = 0; i < nodes_at_once * rcu_table_fields; ++i) {
-        values[i] = moments.sums[i / rcu_table_fields][i % rcu_table_fields];
-      }
-      // Two lanes a value, eight a node.
-      const float own = warp_scatter(values, Add());
-      const int first = lane / 8 * 8;
-      Pack<float, rcu_table_fields> sums = {};
-      sums[0] = shuffle_from(own, first);
-      sums[1] = shuffle_from(own, first + 2);
-      sums[2] = shuffle_from(own, first + 4);
-      if (lane % 8 != 0) continue;
-      const auto found = cumulants(sums, plan.center);
-      const int node = map * most_nodes<T> + item * nodes_at_once + lane / 8;
-      space.tables.template set_pack<fields>(node * fields,
-                                             Pack<float, fields>{{found[0], found[1]}});
-    }
-    item -= count;
-  }
-}
-
 // E as a sum over the voxels, where there is no table.
 __device__ __forceinline__ float sum_directly(const Space& space, const RcuPlan<float>& plan,
                                               int map, int voxels, float a) {
@@ -229,7 +194,11 @@ __global__ void __launch_bounds__(most_threads, 1)
     if (warp == warps - 1) average_channels(m, space, box);
     sync_block();
     if (warp == 0) find_score(m, space, box, patch);
-    make_tables<T>(m, space, box.voxels);
+    make_tables<T, fields>(m.maps, space.plans, space.tables, [&](int map, auto& moments) {
+      for (int v = lane_index(); v < box.voxels; v += warp_size) {
+        moments.add(space.residual.get(map * box.voxels + v));
+      }
+    });
     sync_block();
     share.renew();
     look_up(m, space, box.voxels, share);
@@ -240,25 +209,17 @@ __global__ void __launch_bounds__(most_threads, 1)
 #pragma unroll
     for (int i = 0; i < share.channels; ++i) {
       const int c = i * N + share.group();
-      if (exists && c < m.channels) store_words_once(out + c * m.stride_c, share.x[i]);
+      if (exists && c < m.channels) share.x[i].store_once(out + c * m.stride_c);
     }
     sync_block();  // maps, plans and tables are free again
   }
 }
 
 template <typename T>
-bool patch_forward(const RcuArguments& arguments, const RcuProblem& m) {
-  constexpr int N = full_pack<T>;
+bool patch_forward(const Queue& queue, const RcuProblem& m) {
   const int voxels = m.patch_d * m.patch_h * m.patch_w;
-  const bool fits = m.map_channels == 1 && m.channels <= most_channels && m.lines <= lines &&
-                    m.stride_w == 1 && m.patch_w % N == 0 && m.width % N == 0 &&
-                    voxels <= most_threads;
-  const bool aligned = reinterpret_cast<std::uintptr_t>(m.x) % 16 == 0 &&
-                       reinterpret_cast<std::uintptr_t>(m.out) % 16 == 0 &&
-                       reinterpret_cast<std::uintptr_t>(m.residual) % 16 == 0;
-  if (!fits || !aligned) return false;
+  if (!fits_patch<T>(m) || !begins_vector(m.out)) return false;
   const int threads = static_cast<int>(blocks_for(voxels, warp_size)) * warp_size;
-  const Queue queue("rcu", arguments.x, arguments.cuda.stream);
   // As many blocks as fit their registers: each fetches a patch while it works on the one before.
   const std::int64_t blocks = std::int64_t(queue.multiprocessors()) * (most_threads / threads);
   queue.launch("rcu_patch", rcu_patch_kernel<T>, least(m.patches, blocks), threads,
@@ -268,11 +229,12 @@ bool patch_forward(const RcuArguments& arguments, const RcuProblem& m) {
 
 }  // namespace
 
-bool rcu_patch_forward(const RcuArguments& arguments, const RcuProblem& problem) {
+bool rcu_patch_forward(const RcuArguments& arguments, const Queue& queue,
+                       const RcuProblem& problem) {
   bool done = false;
   for_dtype(arguments.x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if constexpr (!std::is_same_v<T, double>) done = patch_forward<T>(arguments, problem);
+    if constexpr (!std::is_same_v<T, double>) done = patch_forward<T>(queue, problem);
   });
   return done;
 }

@@ -5,51 +5,14 @@
 // Hazards: the exchanges are by all lanes of a warp, those without a voxel too.
 #pragma once
 
-#include "cuda/rcu_table.cuh"
+#include "cuda/rcu_block.cuh"
 
 namespace grcsf {
 namespace cuda {
 namespace {
 
-constexpr int most_channels = 32;
-constexpr int lines = rcu_outputs_at_once;  // at most
 constexpr int most_threads = 512, most_warps = most_threads / warp_size;
 constexpr int fields = 2;  // of a node: mean and variance
-constexpr int ranges = 2 * lines;
-constexpr int word_bytes = 4, vector_words = 4;
-
-template <typename T>
-constexpr int most_nodes = sizeof(T) == 2 ? 64 : 128;
-
-// Joins 2 * kept values a lane with those of the lane at `distance`, and goes on with the half that
-// this lane keeps: at the end one value a lane is left.
-template <int kept, typename Join>
-__device__ __forceinline__ void halve(float* values, int distance, Join join) {
-  if constexpr (kept > 0) {
-    const bool upper = (lane_index() & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < kept; ++i) {
-      const float given = upper ? values[i] : values[i + kept];
-      const float own = upper ? values[i + kept] : values[i];
-      values[i] = join(own, shuffle_xor(given, distance));
-    }
-    halve<kept / 2>(values, distance / 2, join);
-  }
-}
-
-// 16 values a lane over the warp: lanes 2 i and 2 i + 1 end with that of value i.
-template <typename Join>
-__device__ __forceinline__ float warp_scatter(float* values, Join join) {
-  halve<8>(values, warp_size / 2, join);
-  return join(values[0], shuffle_xor(values[0], 1));
-}
-
-struct Add {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
-};
-struct Least {
-  __device__ __forceinline__ float operator()(float a, float b) const { return least(a, b); }
-};
 
 // The block's shared memory.
 struct Space {
@@ -167,12 +130,6 @@ __device__ __forceinline__ void fetch(const RcuProblem& m, const Space& space, s
     }
   }
   commit_copies();
-}
-
-template <typename T>
-__device__ __forceinline__ Words<T> words_at(const Shared<unsigned>& from, int vector) {
-  const auto pack = from.template get_pack<vector_words>(vector * vector_words);
-  return {{pack[0], pack[1], pack[2], pack[3]}};
 }
 
 // What this thread has fetched: x to registers, the residual voxels to shared memory as floats.

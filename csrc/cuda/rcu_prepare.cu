@@ -237,12 +237,10 @@ __global__ void __launch_bounds__(small_threads) rcu_finish_kernel(const RcuProb
 }
 
 template <typename T>
-void prepare(const RcuArguments& arguments, RcuProblem& m, bool writes_scores) {
-  const Queue queue("rcu", arguments.x, arguments.cuda.stream);
+void prepare(const RcuArguments& arguments, const Queue& queue, RcuProblem& m, bool writes_scores) {
   using A = ComputeType<T>;
   const CudaResources& cuda = arguments.cuda;
-  constexpr int arrays = 4;
-  m.columns = cuda.take<A>(std::int64_t(m.slots) * arrays * m.threads * m.column);
+  rcu_take_columns<A>(arguments, m);
   m.surveys = cuda.take<A>(m.units * (4 * m.maps + m.inputs));
   m.means = cuda.take<A>(m.patches * m.inputs);
   const std::int64_t tables = m.most_nodes > 0 ? m.patches * m.maps : 0;
@@ -266,9 +264,10 @@ void prepare(const RcuArguments& arguments, RcuProblem& m, bool writes_scores) {
 
 }  // namespace
 
-void rcu_prepare(const RcuArguments& arguments, RcuProblem& problem, bool writes_scores) {
+void rcu_prepare(const RcuArguments& arguments, const Queue& queue, RcuProblem& problem,
+                 bool writes_scores) {
   for_dtype(arguments.x.dtype, [&](auto type) {
-    prepare<typename decltype(type)::type>(arguments, problem, writes_scores);
+    prepare<typename decltype(type)::type>(arguments, queue, problem, writes_scores);
   });
 }
 

@@ -60,14 +60,31 @@ struct RcuPlan {
 };
 
 // Means, ranges and tables of all patches, and in forward their scores (rcu_prepare.cu).
-void rcu_prepare(const RcuArguments& arguments, RcuProblem& problem, bool writes_scores);
+void rcu_prepare(const RcuArguments& arguments, const Queue& queue, RcuProblem& problem,
+                 bool writes_scores);
 
 // Forward in one kernel, for small patches of one map channel; whether it fits (rcu_patch.cu).
-bool rcu_patch_forward(const RcuArguments& arguments, const RcuProblem& problem);
+bool rcu_patch_forward(const RcuArguments& arguments, const Queue& queue,
+                       const RcuProblem& problem);
+
+// Scratch of backward.
+struct RcuGradients {
+  void *values, *queries;  // [slots][lines * C + C], [slots][lines * C + lines]
+  void* reached;           // [units]: gradients of scores through the voxels
+  void* rows;              // [patches][1 + 2 * hidden]: logit, hidden, active * logit
+  void* means;             // [patches][inputs]: for one voxel
+  void* network;           // [splits][hidden * inputs + hidden + 1]
+  int slots, splits;
+};
+
+// Likewise backward, up to the sums over slots and patches, with the scratch that these need
+// (rcu_patch_backward.cu).
+bool rcu_patch_backward(const RcuArguments& arguments, const Queue& queue, RcuProblem& problem,
+                        RcuGradients& gradients);
 
 // The gradient of the map: direct sums over the queries of a patch (rcu_map.cu). `grad_means`
 // [patches][inputs] is that of every patch's means, for one voxel.
-void rcu_map_gradient(const RcuArguments& arguments, const RcuProblem& problem,
+void rcu_map_gradient(const RcuArguments& arguments, const Queue& queue, const RcuProblem& problem,
                       const void* grad_means);
 
 namespace {
@@ -91,10 +108,13 @@ struct Place {
   std::int64_t x, map;
 };
 
-__device__ __forceinline__ Box box_of(const RcuProblem& m, std::int64_t patch) {
+// Of a patch whose number is an int where it fits: divisions of 64 bits take long.
+template <typename Number>
+__device__ __forceinline__ Box box_of(const RcuProblem& m, Number patch) {
   Box box;
-  box.sample = static_cast<int>(patch / m.patches_each);
-  std::int64_t rest = patch - box.sample * m.patches_each;
+  const Number each = static_cast<Number>(m.patches_each);
+  box.sample = static_cast<int>(patch / each);
+  Number rest = patch - box.sample * each;
   const int w = static_cast<int>(rest % m.grid_w) * m.patch_w;
   rest /= m.grid_w;
   const int h = static_cast<int>(rest % m.grid_h) * m.patch_h;
@@ -148,6 +168,13 @@ __device__ __forceinline__ std::int64_t weight_place(const RcuProblem& m, int li
 }
 
 // ---- The host's side ---------------------------------------------------------------------------
+
+// Columns of all blocks that kernels with a thread a voxel run in.
+template <typename A>
+void rcu_take_columns(const RcuArguments& arguments, RcuProblem& m) {
+  constexpr int arrays = 4;
+  m.columns = arguments.cuda.take<A>(std::int64_t(m.slots) * arrays * m.threads * m.column);
+}
 
 inline RcuProblem rcu_problem(const RcuArguments& arguments, const Queue& queue) {
   RcuProblem m{};

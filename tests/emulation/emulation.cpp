@@ -19,7 +19,7 @@ constexpr int warp_size = 32, most_threads = 1024;
 // Few, so that small tests have blocks that take several patches; where launches are only noted,
 // those of an H100.
 constexpr int multiprocessors = 3, noted_multiprocessors = 132;
-constexpr std::size_t most_shared = 227 << 10;
+constexpr std::size_t most_shared = 227 << 10, most_shared_of_multiprocessor = 228 << 10;
 
 cudaError_t last_error = cudaSuccess;
 
@@ -294,6 +294,44 @@ void exchange(void* value, std::size_t bytes, int source, const Where& where) {
   std::memcpy(value, warp.read[source], bytes);
 }
 
+void multiply_add(float* d, const float* a, float b0, float b1, const Where& where) {
+  const auto kept = [](float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits &= 0xffffe000u;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  constexpr int size = 8, lanes = 4;  // of k, that share a row
+  const int lane = block.own % warp_size, row = lane / lanes, column = lane % lanes * 2;
+  const Warp& warp = block.warps[block.warp()];
+  // Nothing is exchanged anew before every lane has read.
+  const auto read = [&](int from, int i) {
+    float value;
+    std::memcpy(&value, warp.read[from] + i * sizeof value, sizeof value);
+    return kept(value);
+  };
+  float left[2][size], right[size][2];
+  float own[4] = {a[0], a[1], a[2], a[3]};
+  exchange(own, sizeof own, lane, where);
+  for (int k = 0; k < size; ++k) {
+    for (int i = 0; i < 2; ++i) left[i][k] = read(row * lanes + k % lanes, i + k / lanes * 2);
+  }
+  own[0] = b0;
+  own[1] = b1;
+  exchange(own, sizeof own, lane, where);
+  for (int k = 0; k < size; ++k) {
+    for (int j = 0; j < 2; ++j) right[k][j] = read((column + j) * lanes + k % lanes, k / lanes);
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      float sum = d[2 * i + j];
+      for (int k = 0; k < size; ++k) sum += left[i][k] * right[k][j];
+      d[2 * i + j] = sum;
+    }
+  }
+}
+
 std::byte* take_shared(int offset, std::size_t bytes, const Where& where) {
   if (offset + bytes > block.shared_bytes) {
     fail("shared memory: " + std::to_string(offset + bytes) + " bytes are taken, " +
@@ -409,9 +447,14 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   using namespace grcsf::emulation;
-  *value = only_noting() ? noted_multiprocessors : multiprocessors;
+  if (attribute == cudaDevAttrMultiProcessorCount) {
+    *value = only_noting() ? noted_multiprocessors : multiprocessors;
+  } else {
+    const bool of_block = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
+    *value = static_cast<int>(of_block ? most_shared : most_shared_of_multiprocessor);
+  }
   return cudaSuccess;
 }
 

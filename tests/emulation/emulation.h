@@ -42,7 +42,11 @@ extern grcsf::emulation::Index threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 cudaError_t cudaGetLastError();
@@ -100,6 +104,10 @@ A shuffle(A value, int source, const Where& where) {
   exchange(&value, sizeof value, source, where);
   return value;
 }
+
+// d += a b of tensor cores (csrc/cuda/tensor_core.cuh): a lane's four values of d and of a, and its
+// two of b. The low 13 bits of a and b do not count.
+void multiply_add(float* d, const float* a, float b0, float b1, const Where& where);
 
 // ---- Shared memory
 // -------------------------------------------------------------------------------

@@ -91,6 +91,15 @@ FAULTS = [
         "rcu",
         r"AddressSanitizer: heap-buffer-overflow|AssertionError: .*(is not finite| > )|race",
     ),
+    Planted(
+        "a tile that is fetched while lanes still read the last one",
+        "rcu_patch_backward.cu",
+        "rcu_patch_backward.cu",
+        "  sync_warp();  // lanes are done with the tile of x\n",
+        "",
+        "rcu and rows_of_whole_vectors",
+        r"a race: shared memory is written that .* read with no barrier between",
+    ),
 ]
 
 

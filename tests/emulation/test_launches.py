@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,47 @@ def test_launches_are_those_of_the_page(launches):
 def test_shared_memory_fits_every_card(launches):
     for launch in launches:
         assert launch["shared"] <= _SHARED, launch
+
+
+# What networks have: one map channel, patches of 8.
+_NETWORK = Case("rcu", "main", (24,) * 3, 32, "bfloat16")
+
+
+def backward_is_one_kernel(case: Case, residual: bool = False) -> bool:
+    """Whether rcu's backward takes a patch a block; else it makes passes over all voxels."""
+    names = {launch["kernel"] for launch in noted(Call(case, options=(("residual", residual),)))}
+    one, passes = "rcu_patch_backward" in names, {"rcu_values", "rcu_queries"} <= names
+    assert one != passes, names
+    return one
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(replace(_NETWORK, dtype=dtype) for dtype in ("float32", "float16", "bfloat16")),
+        replace(_NETWORK, channels=24),
+        replace(_NETWORK, space=(13, 10, 24)),
+        replace(_NETWORK, space=(64, 64), patch=16),
+        replace(_NETWORK, space=(8,) * 3, patch=None),
+    ],
+    ids=str,
+)
+def test_backward_of_small_patches_is_one_kernel(case, residual):
+    assert backward_is_one_kernel(case, residual)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(_NETWORK, dtype="float64"),
+        replace(_NETWORK, layout="channels_last"),
+        replace(_NETWORK, channels=33),
+        replace(_NETWORK, map_channels=2),
+        replace(_NETWORK, patch=16),
+        replace(_NETWORK, space=(24, 24, 20)),
+    ],
+    ids=str,
+)
+def test_backward_of_other_calls_makes_passes(case):
+    assert not backward_is_one_kernel(case)

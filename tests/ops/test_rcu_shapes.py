@@ -189,6 +189,39 @@ def test_many_patches_of_a_network(backend, device, dtype):
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_whole_vectors(backend, device, dtype):
+    """Patches that a block of a CUDA kernel takes, several each, with edges; no map's gradient."""
+    arguments = make((5, 6, 24), (13, 2, 2, 1), dtype, device, batch=1)
+    arguments[1].requires_grad_(False)
+    check(backend, arguments, (4, 4, 8), dtype, tuple(n for n in NAMES if n != "residual"))
+
+
+@on_every_backend
+def test_small_patches_of_queries_far_apart(backend, device):
+    """So far apart that direct sums take the place of a table, forward and backward."""
+    arguments = make((4, 6, 16), (5, 2, 2, 1), torch.bfloat16, device, batch=1)
+    with torch.no_grad():
+        arguments[NAMES.index("query_weight")] *= 40
+    check(backend, arguments, (4, 4, 8), torch.bfloat16)
+
+
+@on_every_backend
+def test_a_gradient_that_is_not_finite_stops_at_hidden_units_that_are_off(backend, device):
+    """NaN reaches x through the score where a unit passes, and nowhere else."""
+    arguments = make((4, 4, 16), (4, 2, 1, 1), device=device)
+    with torch.no_grad():
+        arguments[NAMES.index("score_bias1")][0] = -100
+        arguments[NAMES.index("score_bias1")][1] = 100
+    with use_backend(backend):
+        out, scores = rcu(*arguments, patch_size=(4, 4, 8))
+        nan = torch.full_like(scores, torch.nan)
+        grads = torch.autograd.grad((out, scores), arguments[:2], (torch.ones_like(out), nan))
+    for grad in grads:
+        assert torch.isfinite(grad[0]).all() and torch.isnan(grad[1]).all()
+
+
+@on_every_backend
 def test_a_batch_of_samples_is_its_samples(backend, device):
     """No sample sees another, in the small and in the large path."""
     for patch in (4, None):
