@@ -16,9 +16,10 @@ SOURCES := $(shell find csrc python tests/emulation -name '*.h' -o -name '*.cpp'
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
 
-# Threads that wait for others must not spin: there are more of them than cores.
+# Threads that wait for others must not spin: there are more of them than cores. Tests of a group
+# share what is slow to make.
 test: $(VENV)/.installed
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 # The CPU kernels under address and undefined, or with SANITIZER=thread: about 15 minutes on two
 # cores. The quick form is what guards main.

@@ -55,6 +55,9 @@ def test_quoted_code_is_that_of_the_files():
     assert quoted >= 8
 
 
+pytestmark = pytest.mark.xdist_group("site")
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site as ``make docs`` builds it."""

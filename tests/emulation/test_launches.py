@@ -19,10 +19,13 @@ from benchmarks.cases import Case
 from benchmarks.kernel_cases import Call
 from grcsf_kernels import dispatch, native
 
-pytestmark = pytest.mark.skipif(
-    bool(dispatch.why_not(dispatch.EMULATED)),
-    reason="needs the build of make emulate, which runs this file",
-)
+pytestmark = [
+    pytest.mark.xdist_group("launches"),
+    pytest.mark.skipif(
+        bool(dispatch.why_not(dispatch.EMULATED)),
+        reason="needs the build of make emulate, which runs this file",
+    ),
+]
 
 _PAGE = Path(__file__).parents[2] / "docs/kernels.md"
 # Consumer cards give a block no more.

@@ -35,6 +35,9 @@ def python(*command):
     )
 
 
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """One call of torchrun for all tests: two processes do ``processes.parallel``."""

@@ -16,9 +16,12 @@ from benchmarks import cuda_kernels
 from grcsf_kernels import native
 from grcsf_kernels.dispatch import OPERATORS
 
-pytestmark = pytest.mark.skipif(
-    native.library().cuda_info() is None, reason="the package was built without CUDA"
-)
+pytestmark = [
+    pytest.mark.xdist_group("cuda"),
+    pytest.mark.skipif(
+        native.library().cuda_info() is None, reason="the package was built without CUDA"
+    ),
+]
 _PAGE = Path(__file__).parents[2] / "docs/kernels.md"
 _MISSING = [] if shutil.which("c++filt") else ["c++filt"]
 if not shutil.which("cuobjdump") and importlib.util.find_spec("triton") is None:

@@ -22,7 +22,11 @@ pytest.importorskip("triton")
 _ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=OPERATORS)
+# Each operator in one process: compiling it takes minutes, and both cores.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(o, marks=pytest.mark.xdist_group(f"compiled_{o}")) for o in OPERATORS],
+)
 def compiled(request, tmp_path_factory):
     """What ``python -m benchmarks.kernels --quick`` says of an operator."""
     out = tmp_path_factory.mktemp("kernels") / "kernels.json"
