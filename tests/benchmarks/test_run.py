@@ -14,7 +14,9 @@ from benchmarks.gpu_check import Step
 from benchmarks.harness import Absent, Row, Session
 
 
-def test_a_quick_run_writes_results_and_a_report(tmp_path):
+def test_a_quick_run_writes_results_and_a_report(tmp_path, monkeypatch):
+    # pytest-benchmark measures nothing in a process that xdist started, nor in a child of it.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pick = "forward and size and (cpu or reference or cuda)"
     arguments = ["--quick", "--device=cpu", "--suites", "residual_map", "-k", pick]
     code = run.main([*arguments, "--out", str(tmp_path)])

@@ -90,14 +90,14 @@ def test_workers_make_the_same_crops(folder, tmp_path):
 
 def test_a_case_that_vanishes_is_named_by_the_worker(folder, tmp_path, monkeypatch):
     train = train_config(use_rcu=False, workers=1, cache_gb=0.0)
-    split = engine.train.__globals__["_split"]
+    split = engine.train.__globals__["split"]
 
     def vanish(*args):
         for path in folder.glob("*_image.nii.gz"):
             path.unlink()
         return split(*args)
 
-    monkeypatch.setitem(engine.train.__globals__, "_split", vanish)
+    monkeypatch.setitem(engine.train.__globals__, "split", vanish)
     with pytest.raises(engine.InputError, match=r"case\d_image.nii.gz"):
         engine.train(folder, tmp_path / "run", train)
 
