@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 
 
@@ -27,7 +28,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Hidden, so that nothing that lists volumes takes it for one; with the suffixes, because
-    # writers choose the format by them.
+    # writers choose the format by them. remove_leftovers() knows the name.
     temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         write(temporary)
@@ -39,3 +40,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what is half written of ``path`` by processes that were killed meanwhile."""
+    for leftover in path.parent.glob(f".*.tmp.{escape(path.name)}"):
+        leftover.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Provenance:
+class Fingerprint:
     """Of the outputs of one run.
 
     Args:
@@ -72,10 +71,3 @@ class Provenance:
 def is_finished(outputs: Iterable[Path], description: str) -> bool:
     """Whether all outputs are there, whole, and of this description."""
     return all(path.is_file() and read_description(path) == description for path in outputs)
-
-
-def remove_leftovers(outputs: Iterable[Path]) -> None:
-    """Remove temporary files of outputs, which a process that was killed leaves behind."""
-    for output in outputs:
-        for path in output.parent.glob(f".*.tmp.{escape(output.name)}"):
-            path.unlink(missing_ok=True)

@@ -38,15 +38,13 @@ from grcsf_kernels.engine.distributed import (
     gather,
     is_sharded,
     lost,
-    make_fabric,
     on_first,
 )
 from grcsf_kernels.engine.ema import WeightAverage
 from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.files import remove_leftovers
 from grcsf_kernels.engine.loader import Crops, MicroBatch, load_steps
 from grcsf_kernels.engine.report import console
-
-__all__ = ["Task", "fit", "learning_rate", "make_fabric", "saving", "seed_of"]
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -100,6 +98,21 @@ def saving(path: Path) -> Iterator[None]:
         problem = " ".join(str(error).split())[:200]
         remedy = "see to the disk's space and the permissions; the former file is kept"
         raise InputError(path, f"can't be written ({problem})", remedy) from error
+
+
+@contextmanager
+def _named_loss_of_others(fabric: Fabric) -> Iterator[None]:
+    """What a process sees of others that are gone becomes an InputError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if fabric.world_size == 1 or not lost(error):
+            raise
+        raise InputError(
+            f"process {fabric.global_rank}",
+            f"lost the other processes ({' '.join(str(error).split())[:160]})",
+            "look for the first error among theirs; the same call goes on from the last state",
+        ) from error
 
 
 @dataclass
@@ -182,101 +195,85 @@ def fit(
         InputError: a state that does not belong to this run, a loss that is NaN or Inf, a file that
             can't be written, or another process that is gone. With several processes, all raise.
     """
-    try:
-        _fit(model, task, config, fabric, state_path, identity, title, log)
-    except RuntimeError as error:
-        if fabric.world_size == 1 or not lost(error):
-            raise
-        raise InputError(
-            f"process {fabric.global_rank}",
-            f"lost the other processes ({' '.join(str(error).split())[:160]})",
-            "look for the first error among theirs; the same call goes on from the last state",
-        ) from error
-
-
-def _fit(
-    model: nn.Module,
-    task: Task,
-    config: OptimizationConfig,
-    fabric: Fabric,
-    state_path: Path,
-    identity: str,
-    title: str,
-    log: Callable[[str, float, int], None],
-) -> None:
-    # Read by the networks' forward; no parameter, and no part of the model file.
-    model.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
-    # Sharding changes a network's class and its weights; what is kept is an ordinary one.
-    kept = copy.deepcopy(model) if is_sharded(fabric) else model
-    compiled: Any = torch.compile(model) if config.compile else model
-    wrapped = fabric.setup_module(compiled)
-    optimizer: Any = fabric.setup_optimizers(
-        torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    with _named_loss_of_others(fabric):
+        # Read by the networks' forward; no parameter, and no part of the model file.
+        model.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
+        # Sharding changes a network's class and its weights; what is kept is an ordinary one.
+        kept = copy.deepcopy(model) if is_sharded(fabric) else model
+        compiled: Any = torch.compile(model) if config.compile else model
+        wrapped = fabric.setup_module(compiled)
+        optimizer: Any = fabric.setup_optimizers(
+            torch.optim.AdamW(
+                model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            )
         )
-    )
-    average = WeightAverage(model.parameters(), config.ema_decay)
-    run = _Run(fabric, model, wrapped, optimizer, average, config, task)
+        average = WeightAverage(model.parameters(), config.ema_decay)
+        run = _Run(fabric, model, wrapped, optimizer, average, config, task)
 
-    on_first(fabric, lambda: _remove_leftovers(state_path))
-    remedy = "give every process the same data and settings, and an output folder that they share"
-    expect_same(fabric, identity, "the run", remedy)
-    state = load_state(state_path, identity)
-    expect_same(fabric, None if state is None else state["done"], str(state_path), remedy)
-    if state is not None:
-        run.load(state)
-        if run.done < config.epochs * config.steps_per_epoch:
-            epoch, step = divmod(run.done, config.steps_per_epoch)
-            where = f"epoch {epoch} of {config.epochs}" + (f" and {step} steps" if step else "")
-            console.print(f"{title}: going on after {where}")
-
-    def save() -> None:
-        content = run.state() | {"identity": identity}
-
-        def write() -> None:
-            with saving(state_path):
-                save_state(state_path, content)
-
-        on_first(fabric, write)
-
-    def epoch_done(epoch: int) -> None:
-        model.eval()
-        with average.applied():
-            if kept is not model:
-                weights = get_model_state_dict(model, options=_WHOLE)
-                if fabric.is_global_zero:
-                    kept.load_state_dict(weights)
-                    kept.eval()
-            run.best = on_first(fabric, lambda: task.epoch_done(kept, epoch, run.best))
-
-    steps = load_steps(task.crops, config, fabric, run.done)
-    with _progress(disable=not fabric.is_global_zero) as progress:
-        task_id = progress.add_task(
-            title, total=config.epochs * config.steps_per_epoch, completed=run.done, loss=math.nan
+        on_first(fabric, lambda: remove_leftovers(state_path))
+        remedy = (
+            "give every process the same data and settings, and an output folder that they share"
         )
-        model.train()
-        since, timed = time.perf_counter(), 0
-        for micros in steps:
-            epoch, index = micros[0].epoch, micros[0].step
-            rate = learning_rate(config, run.done)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            value = _one_step(run, micros)
-            run.done, run.total, timed = run.done + 1, run.total + value, timed + 1
-            progress.update(task_id, advance=1, loss=value)
-            if index + 1 < config.steps_per_epoch:
-                if config.checkpoint_every and run.done % config.checkpoint_every == 0:
-                    save()
-                continue
-            log("loss", run.total / config.steps_per_epoch, epoch)
-            log("learning rate", rate, epoch)
-            log("seconds a step", (time.perf_counter() - since) / timed, epoch)
-            epoch_done(epoch)
-            run.total = 0.0
-            save()
+        expect_same(fabric, identity, "the run", remedy)
+        state = load_state(state_path, identity)
+        expect_same(fabric, None if state is None else state["done"], str(state_path), remedy)
+        if state is not None:
+            run.load(state)
+            if run.done < config.epochs * config.steps_per_epoch:
+                epoch, step = divmod(run.done, config.steps_per_epoch)
+                where = f"epoch {epoch} of {config.epochs}" + (f" and {step} steps" if step else "")
+                console.print(f"{title}: going on after {where}")
+
+        def save() -> None:
+            content = run.state() | {"identity": identity}
+
+            def write() -> None:
+                with saving(state_path):
+                    save_state(state_path, content)
+
+            on_first(fabric, write)
+
+        def epoch_done(epoch: int) -> None:
+            model.eval()
+            with average.applied():
+                if kept is not model:
+                    weights = get_model_state_dict(model, options=_WHOLE)
+                    if fabric.is_global_zero:
+                        kept.load_state_dict(weights)
+                        kept.eval()
+                run.best = on_first(fabric, lambda: task.epoch_done(kept, epoch, run.best))
+
+        steps = load_steps(task.crops, config, fabric, run.done)
+        with _progress(disable=not fabric.is_global_zero) as progress:
+            task_id = progress.add_task(
+                title,
+                total=config.epochs * config.steps_per_epoch,
+                completed=run.done,
+                loss=math.nan,
+            )
             model.train()
             since, timed = time.perf_counter(), 0
-    model.eval()
+            for micros in steps:
+                epoch, index = micros[0].epoch, micros[0].step
+                rate = learning_rate(config, run.done)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                value = _one_step(run, micros)
+                run.done, run.total, timed = run.done + 1, run.total + value, timed + 1
+                progress.update(task_id, advance=1, loss=value)
+                if index + 1 < config.steps_per_epoch:
+                    if config.checkpoint_every and run.done % config.checkpoint_every == 0:
+                        save()
+                    continue
+                log("loss", run.total / config.steps_per_epoch, epoch)
+                log("learning rate", rate, epoch)
+                log("seconds a step", (time.perf_counter() - since) / timed, epoch)
+                epoch_done(epoch)
+                run.total = 0.0
+                save()
+                model.train()
+                since, timed = time.perf_counter(), 0
+        model.eval()
 
 
 def _one_step(run: _Run, micros: list[MicroBatch]) -> float:
@@ -327,12 +324,6 @@ def _sum(fabric: Fabric, parts: list[Tensor]) -> Tensor:
     whole = fabric.all_reduce(torch.stack(parts).sum(dim=0), reduce_op="sum")
     assert isinstance(whole, Tensor)
     return whole
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Half of a state, from a run that was killed while it wrote."""
-    for leftover in path.parent.glob(f".*.tmp.{path.name}"):
-        leftover.unlink(missing_ok=True)
 
 
 def _progress(*, disable: bool) -> Progress:

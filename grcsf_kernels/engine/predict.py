@@ -27,7 +27,8 @@ from grcsf_kernels.engine.data import (
     residual_path,
 )
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.finished import Provenance, is_finished, remove_leftovers
+from grcsf_kernels.engine.files import remove_leftovers
+from grcsf_kernels.engine.finished import Fingerprint, is_finished
 from grcsf_kernels.engine.provenance import compare_maps, read_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, console, for_each
@@ -111,7 +112,7 @@ def predict(
             for note in compare_maps(trained, made_by, where):
                 console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     preprocessing = Preprocessing(ensemble.data)
-    provenance = Provenance(config, [*paths, *(autoencoders if maps is not None else ())])
+    fingerprint = Fingerprint(config, [*paths, *(autoencoders if maps is not None else ())])
     Path(output).mkdir(parents=True, exist_ok=True)
     kinds = ["mask"] + ["probability"] * config.probabilities + ["uncertainty"] * config.uncertainty
 
@@ -126,10 +127,11 @@ def predict(
                     cached, "does not exist", "run grcsf residuals on the same data first"
                 )
         inputs = [*case.images, *([] if cached is None else [cached])]
-        description = provenance.of(case.name, inputs)
+        description = fingerprint.of(case.name, inputs)
         if not overwrite and is_finished(outputs.values(), description):
             return outputs["mask"]
-        remove_leftovers(outputs.values())
+        for path in outputs.values():
+            remove_leftovers(path)
         scratch = Scratch(output, config.accumulate, config.memory_gb * 1e9)
         volume = read_image(case.images, scratch)
         placement = Placement.of(volume, preprocessing)

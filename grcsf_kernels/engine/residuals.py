@@ -25,7 +25,8 @@ from grcsf_kernels.engine.data import (
     residual_path,
 )
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.finished import Provenance, is_finished, remove_leftovers
+from grcsf_kernels.engine.files import remove_leftovers
+from grcsf_kernels.engine.finished import Fingerprint, is_finished
 from grcsf_kernels.engine.loop import seed_of
 from grcsf_kernels.engine.provenance import describe_maps, save_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
@@ -188,7 +189,7 @@ def cache_residuals(
     maps = VolumeMaps(autoencoders, config)
     preprocessing = Preprocessing(maps.data)
 
-    provenance = Provenance(config, autoencoders)
+    fingerprint = Fingerprint(config, autoencoders)
     Path(output).mkdir(parents=True, exist_ok=True)
     found = find_cases(data, report, labels=False, suffixes=maps.data.bids_suffixes)
     cases = shard(found)
@@ -197,10 +198,10 @@ def cache_residuals(
     @out_of_memory_named
     def work(case: Case) -> Path:
         path = residual_path(output, case)
-        description = provenance.of(case.name, case.images)
+        description = fingerprint.of(case.name, case.images)
         if not overwrite and is_finished([path], description):
             return path
-        remove_leftovers([path])
+        remove_leftovers(path)
         scratch = Scratch(output, config.accumulate, config.memory_gb * 1e9)
         volume = read_image(case.images, scratch)
         placement = Placement.of(volume, preprocessing)

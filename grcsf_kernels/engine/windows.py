@@ -15,8 +15,8 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor, nn
 
 from grcsf_kernels.engine.data import Case
+from grcsf_kernels.engine.distributed import make_fabric
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.loop import make_fabric
 from grcsf_kernels.engine.report import console
 from grcsf_kernels.engine.scratch import slabs
 

@@ -25,7 +25,7 @@ from grcsf_kernels import engine
 from grcsf_kernels.engine import InputError
 from grcsf_kernels.engine.checkpoint import load_checkpoint
 from grcsf_kernels.engine.config import check
-from grcsf_kernels.engine.loop import make_fabric
+from grcsf_kernels.engine.distributed import make_fabric
 from grcsf_kernels.engine.residuals import VolumeMaps
 from grcsf_kernels.engine.volumes import read_volume
 
