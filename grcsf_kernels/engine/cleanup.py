@@ -6,10 +6,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
+from grcsf_kernels.engine.metrics import NEIGHBORS
 from grcsf_kernels.engine.scratch import Scratch, slabs
-
-# 26-connectivity, as lesions are counted in grcsf evaluate.
-_NEIGHBORS = np.ones((3, 3, 3), dtype=bool)
 
 
 def remove_small(mask: np.ndarray, voxel_mm3: float, least_mm3: float, scratch: Scratch) -> int:
@@ -25,7 +23,7 @@ def remove_small(mask: np.ndarray, voxel_mm3: float, least_mm3: float, scratch: 
         How many components were removed.
     """
     labels = scratch.volume(1, mask.shape, np.int32)[0]
-    count = ndimage.label(mask, _NEIGHBORS, output=labels)
+    count = ndimage.label(mask, NEIGHBORS, output=labels)
     sizes = np.zeros(count + 1, np.int64)
     planes = list(slabs(mask.shape[0] * mask.shape[1], mask.shape[2]))
     for part in planes:

@@ -16,7 +16,7 @@ from grcsf_kernels.engine.config import OptimizationConfig
 from grcsf_kernels.engine.errors import InputError
 
 # crops(epoch, index) -> [1, C, *crop], the name of its case
-Crops = Callable[[int, int], tuple[Tensor, str]]
+CropMaker = Callable[[int, int], tuple[Tensor, str]]
 
 
 @contextmanager
@@ -64,7 +64,7 @@ class MicroBatch:
 class _Steps(Dataset):
     """Item ``n``: the micro-batches of one process at step ``n`` of the training."""
 
-    def __init__(self, crops: Crops, config: OptimizationConfig, rank: int, world: int) -> None:
+    def __init__(self, crops: CropMaker, config: OptimizationConfig, rank: int, world: int) -> None:
         self._crops, self._config, self._rank, self._world = crops, config, rank, world
 
     def __getitem__(self, number: int) -> list[MicroBatch] | tuple[str, str, str]:
@@ -86,7 +86,7 @@ class _Steps(Dataset):
 
 
 def load_steps(
-    crops: Crops, config: OptimizationConfig, fabric: Fabric, first: int
+    crops: CropMaker, config: OptimizationConfig, fabric: Fabric, first: int
 ) -> Iterator[list[MicroBatch]]:
     """The micro-batches of this process on the CPU, from step ``first`` of the training to its end.
 

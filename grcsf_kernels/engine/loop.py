@@ -43,7 +43,7 @@ from grcsf_kernels.engine.distributed import (
 from grcsf_kernels.engine.ema import WeightAverage
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import remove_leftovers
-from grcsf_kernels.engine.loader import Crops, MicroBatch, load_steps
+from grcsf_kernels.engine.loader import CropMaker, MicroBatch, load_steps
 from grcsf_kernels.engine.report import console
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -63,7 +63,7 @@ class Task:
             the network lies on the CPU.
     """
 
-    crops: Crops
+    crops: CropMaker
     parts: Callable[[nn.Module, MicroBatch], Tensor]
     loss: Callable[[Tensor], Tensor] | None
     epoch_done: Callable[[nn.Module, int, float], float]

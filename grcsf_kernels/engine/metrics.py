@@ -12,7 +12,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 from scipy import ndimage
 
-_NEIGHBORS = np.ones((3, 3, 3), dtype=bool)  # 26-connectivity
+NEIGHBORS = np.ones((3, 3, 3), dtype=bool)  # 26-connectivity
 
 
 def dice(prediction: np.ndarray, label: np.ndarray) -> float:
@@ -35,8 +35,8 @@ def lesion_f1(prediction: np.ndarray, label: np.ndarray) -> tuple[float, int, in
     prediction; one of the prediction that shares none with the label is false. 1 where there are
     neither.
     """
-    lesions, count = ndimage.label(label, _NEIGHBORS)
-    predicted, predicted_count = ndimage.label(prediction, _NEIGHBORS)
+    lesions, count = ndimage.label(label, NEIGHBORS)
+    predicted, predicted_count = ndimage.label(prediction, NEIGHBORS)
     found = len(np.unique(lesions[prediction & label]))
     hit = len(np.unique(predicted[prediction & label]))
     missed, false = count - found, predicted_count - hit
@@ -51,7 +51,7 @@ def find_lesions(
     if not label.any():
         return []
     box = ndimage.find_objects(label.astype(np.uint8))[0]
-    lesions, count = ndimage.label(label[box], _NEIGHBORS)
+    lesions, count = ndimage.label(label[box], NEIGHBORS)
     sizes = np.bincount(lesions.ravel(), minlength=count + 1) * float(np.prod(spacing))
     found = set(np.unique(lesions[prediction[box] & label[box]]).tolist())
     return [(float(sizes[lesion]), lesion in found) for lesion in range(1, count + 1)]

@@ -31,7 +31,7 @@ from grcsf_kernels.engine.files import remove_leftovers
 from grcsf_kernels.engine.finished import Fingerprint, is_finished
 from grcsf_kernels.engine.provenance import compare_maps, read_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
-from grcsf_kernels.engine.report import Report, console, for_each
+from grcsf_kernels.engine.report import Report, for_each, warn
 from grcsf_kernels.engine.residuals import VolumeMaps
 from grcsf_kernels.engine.restore import Placement, place_image, place_maps
 from grcsf_kernels.engine.scratch import Scratch
@@ -110,7 +110,7 @@ def predict(
         made_by = read_maps(where) if maps is None else maps.description
         for trained in ensemble.made_by:
             for note in compare_maps(trained, made_by, where):
-                console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+                warn(note)
     preprocessing = Preprocessing(ensemble.data)
     fingerprint = Fingerprint(config, [*paths, *(autoencoders if maps is not None else ())])
     Path(output).mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from grcsf_kernels.engine.config import DataConfig
 from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.metrics import NEIGHBORS
 from grcsf_kernels.engine.scratch import slabs
 from grcsf_kernels.engine.volumes import Volume
 
@@ -126,7 +127,7 @@ class Preprocessing:
             return (_plain(cut) >= 0.5).float()
         placed = _meta(self._spacing(cut))
         label = _plain(placed) >= 0.5
-        lesions, count = ndimage.label(cut[0].numpy() > 0.5, np.ones((3, 3, 3)))
+        lesions, count = ndimage.label(cut[0].numpy() > 0.5, NEIGHBORS)
         voxels = np.argwhere(lesions)
         of = lesions[tuple(voxels.T)]
         change = np.linalg.inv(np.asarray(placed.affine)) @ np.asarray(cut.affine)

@@ -88,7 +88,7 @@ def pretrain(
         seed = seed_of(config.optimization.seed, index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _build(config, ratio, channels)
+            model = build(config, ratio, channels)
         optimization = dataclasses.replace(config.optimization, seed=seed)
         logs = Logs(Path(output) / "logs" / path.stem, enabled=fabric.is_global_zero)
 
@@ -128,7 +128,8 @@ def pretrain(
     return paths
 
 
-def _build(config: PretrainConfig, ratio: float, channels: int) -> MaskedAutoencoder:
+def build(config: PretrainConfig, ratio: float, channels: int = 1) -> MaskedAutoencoder:
+    """The autoencoder of a configuration for images of ``channels``, with fresh weights."""
     model = config.model
     try:
         return MaskedAutoencoder(

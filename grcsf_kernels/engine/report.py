@@ -20,6 +20,12 @@ Item = TypeVar("Item")
 console = Console(stderr=True)
 
 
+def warn(text: str) -> None:
+    """Say what the user should know of; the run goes on."""
+    # No markup: a path may hold brackets.
+    console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
 @dataclass
 class Report:
     """Files that were written, and inputs that were skipped with the reason.
@@ -35,10 +41,7 @@ class Report:
     def skip(self, path: Path, reason: str) -> None:
         """Note an input that can't be used, and say so."""
         self.failed.append((path, reason))
-        # No markup: a path may hold brackets.
-        console.print(
-            f"skipped: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True
-        )
+        warn(f"skipped: {reason}")
 
 
 def for_each(

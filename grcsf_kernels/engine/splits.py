@@ -14,7 +14,7 @@ from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.layouts import Case
 from grcsf_kernels.engine.loop import seed_of
-from grcsf_kernels.engine.report import console
+from grcsf_kernels.engine.report import warn
 
 Split = tuple[list[int], list[int]]
 
@@ -42,7 +42,7 @@ def split(cases: Sequence[Case], config: TrainConfig) -> Split:
     else:
         held = set(order[: int(len(subjects) * config.validation_fraction)])
         if not held and config.validation_fraction > 0:
-            _say(
+            warn(
                 f"no validation case: validation_fraction is {config.validation_fraction} of "
                 f"{len(subjects)} subject(s); the last epoch is kept"
             )
@@ -72,10 +72,10 @@ def _from_file(cases: Sequence[Case], path: Path, fold: int) -> Split:
     places = {case.name: index for index, case in enumerate(cases)}
     absent = [name for name in (*chosen["train"], *chosen["val"]) if name not in places]
     if absent:
-        _say(f"{len(absent)} case(s) of {path} are not there: {', '.join(absent[:5])}")
+        warn(f"{len(absent)} case(s) of {path} are not there: {', '.join(absent[:5])}")
     unused = places.keys() - {*chosen["train"], *chosen["val"]}
     if unused:
-        _say(f"{len(unused)} case(s) are not in {path}: {', '.join(sorted(unused)[:5])}")
+        warn(f"{len(unused)} case(s) are not in {path}: {', '.join(sorted(unused)[:5])}")
     training, validation = (
         [places[name] for name in chosen[kind] if name in places] for kind in ("train", "val")
     )
@@ -83,7 +83,7 @@ def _from_file(cases: Sequence[Case], path: Path, fold: int) -> Split:
         raise InputError(path, f"has no usable case to train on in split {fold}", "correct it")
     shared = {cases[i].subject for i in training} & {cases[i].subject for i in validation}
     if shared:
-        _say(f"{path}: {len(shared)} subject(s) are in train and in val: {min(shared)}")
+        warn(f"{path}: {len(shared)} subject(s) are in train and in val: {min(shared)}")
     return training, validation
 
 
@@ -98,7 +98,3 @@ def save_split(path: Path, cases: Sequence[Case], parts: Split) -> None:
     train, validation = ([cases[index].name for index in part] for part in parts)
     text = json.dumps([{"train": train, "val": validation}], indent=1)
     write_whole(path, lambda temporary: temporary.write_text(text))
-
-
-def _say(text: str) -> None:
-    console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from grcsf_kernels.engine.data import Case
 from grcsf_kernels.engine.distributed import make_fabric
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.report import console
+from grcsf_kernels.engine.report import warn
 from grcsf_kernels.engine.scratch import slabs
 
 Window = tuple[slice, ...]
@@ -190,11 +190,7 @@ class SlidingWindow:
             shape = " x ".join(str(size) for size in self.size)
             raise MemoryError(f"no room for one window of {shape} voxels ({reason})")
         self.batch = max(1, len(inputs) // 2)
-        console.print(
-            f"memory ran out on {len(inputs)} windows at once; going on with {self.batch}",
-            style="yellow",
-            highlight=False,
-        )
+        warn(f"memory ran out on {len(inputs)} windows at once; going on with {self.batch}")
         return None
 
 
