@@ -13,10 +13,14 @@ from grcsf_kernels.engine import (
     DataConfig,
     ModelConfig,
     OptimizationConfig,
+    PredictConfig,
     PretrainConfig,
     ResidualsConfig,
     TrainConfig,
 )
+from grcsf_kernels.engine.checkpoint import save_checkpoint
+from grcsf_kernels.engine.pretrain import build as build_autoencoder
+from grcsf_kernels.engine.train import build as build_network
 
 # Left-anterior-superior, oblique, anisotropic: everything that a careless reader gets wrong.
 AFFINE = np.array(
@@ -108,3 +112,38 @@ def train_config(use_rcu=True, use_gcu=True, **changes):
 
 def residuals_config():
     return ResidualsConfig(device="cpu")
+
+
+def make_model(path, seed=0, use_rcu=False, data=None):
+    """A network that was not trained: what it gives differs between voxels, and that is enough."""
+    config = train_config(use_rcu=use_rcu)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_network(config, 2)
+    return save_checkpoint(path, model, data or config.data, config.crop_size)
+
+
+def make_autoencoders(folder):
+    """Two that were not trained, for the residual maps of :func:`make_model`'s network."""
+    paths, config = [], pretrain_config()
+    for ratio in (0.5, 0.75):
+        torch.manual_seed(int(ratio * 100))
+        model = build_autoencoder(config, ratio)
+        path = folder / f"mae_{ratio}.safetensors"
+        paths.append(save_checkpoint(path, model, config.data, config.crop_size))
+    return paths
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A file of :func:`make_model`."""
+    return make_model(tmp_path / "model.safetensors")
+
+
+def predict_config(**changes):
+    return PredictConfig(device="cpu", residuals=residuals_config(), **changes)
+
+
+def load(path):
+    """The voxels of a file."""
+    return np.asarray(nib.load(path).dataobj)
