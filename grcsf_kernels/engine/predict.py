@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from grcsf_kernels.engine.checkpoint import Checkpoint, load_checkpoint
@@ -33,9 +32,9 @@ from grcsf_kernels.engine.provenance import compare_maps, read_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, for_each, warn
 from grcsf_kernels.engine.residuals import VolumeMaps
-from grcsf_kernels.engine.restore import Placement, place_image, place_maps
+from grcsf_kernels.engine.restore import Placement, load_placed, place_maps
 from grcsf_kernels.engine.scratch import Scratch
-from grcsf_kernels.engine.volumes import read_image, read_residual, write_volume
+from grcsf_kernels.engine.volumes import read_residual, write_volume
 from grcsf_kernels.engine.windows import (
     SlidingWindow,
     inference_device,
@@ -133,14 +132,9 @@ def predict(
         for path in outputs.values():
             remove_leftovers(path)
         scratch = Scratch(output, config.accumulate, config.memory_gb * 1e9)
-        volume = read_image(case.images, scratch)
-        placement = Placement.of(volume, preprocessing)
-        image = place_image(volume, placement, preprocessing, scratch)
-        sample = Sample(case, volume, MetaTensor(image))
+        sample, placement = load_placed(case, preprocessing, scratch)
+        volume = sample.volume
         check_channels(sample, ensemble.channels, "the model takes")
-        shape = volume.array.shape[:3]
-        # Its shape stays, its memory is given up.
-        volume.array = np.broadcast_to(np.float32(0), shape)
         if cached is not None:
             kept = read_residual(cached, volume, scratch)
             sample.residual = place_maps(kept, placement, config.precision, scratch)
@@ -151,7 +145,7 @@ def predict(
             store = Scratch(output, own.accumulate, own.memory_gb * 1e9)
             sample.residual = maps(sample.image, case.name, store)
         probability = ensemble.probability(sample, scratch)
-        del sample, image
+        del sample
         results = _restored(probability, placement, volume.array.shape, kinds, config, scratch)
         del probability
         if config.min_lesion_mm3:
@@ -360,12 +354,6 @@ def _restored(
         kind: scratch.volume(1, shape, np.uint8 if kind == "mask" else np.float32)[0]
         for kind in kinds
     }
-    if not placement.whole:  # there is nothing outside of the foreground
-        for result in results.values():
-            result[...] = 0
-    views = {kind: placement.turn(result)[0] for kind, result in results.items()}
-    for planes, values in placement.restore(probability):
-        for kind, view in views.items():
-            view[..., planes] = types[kind](values[0])
-        scratch.release()
+    outputs = [(result, types[kind]) for kind, result in results.items()]
+    placement.fill(probability, outputs, scratch.release)
     return results

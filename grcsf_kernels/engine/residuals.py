@@ -8,9 +8,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import Tensor
 
 from grcsf_kernels.engine.checkpoint import Checkpoint, load_checkpoint
@@ -18,7 +16,6 @@ from grcsf_kernels.engine.config import ResidualsConfig, check
 from grcsf_kernels.engine.data import (
     Case,
     Preprocessing,
-    Sample,
     check_channels,
     check_size,
     find_cases,
@@ -31,9 +28,9 @@ from grcsf_kernels.engine.loop import seed_of
 from grcsf_kernels.engine.provenance import describe_maps, save_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, for_each
-from grcsf_kernels.engine.restore import Placement, place_image
+from grcsf_kernels.engine.restore import load_placed
 from grcsf_kernels.engine.scratch import Scratch, slabs
-from grcsf_kernels.engine.volumes import read_image, write_volume
+from grcsf_kernels.engine.volumes import write_volume
 from grcsf_kernels.engine.windows import SlidingWindow, inference_device, out_of_memory_named
 from grcsf_kernels.models import MaskedAutoencoder
 from grcsf_kernels.nn import ResidualMaps
@@ -203,24 +200,13 @@ def cache_residuals(
             return path
         remove_leftovers(path)
         scratch = Scratch(output, config.accumulate, config.memory_gb * 1e9)
-        volume = read_image(case.images, scratch)
-        placement = Placement.of(volume, preprocessing)
-        image = place_image(volume, placement, preprocessing, scratch)
-        shape = volume.array.shape[:3]
-        # Its shape stays, its memory is given up.
-        volume.array = np.broadcast_to(np.float32(0), shape)
-        sample = Sample(case, volume, MetaTensor(image))
+        sample, placement = load_placed(case, preprocessing, scratch)
         check_channels(sample, maps.channels, "the autoencoders take")
         check_size(sample, maps.patch, "the autoencoder's patch")
-        found = maps(image, case.name, scratch)
-        restored = scratch.image((*shape, found.shape[0]))
-        if not placement.whole:  # there is nothing outside of the foreground
-            restored[...] = 0
-        turned = placement.turn(restored)
-        for planes, values in placement.restore(found):
-            turned[..., planes] = values
-            scratch.release()
-        return write_volume(path, restored, volume, description)
+        found = maps(sample.image, case.name, scratch)
+        restored = scratch.image((*sample.volume.array.shape, found.shape[0]))
+        placement.fill(found, [(restored, lambda values: values)], scratch.release)
+        return write_volume(path, restored, sample.volume, description)
 
     for_each(cases, work, report, "residual maps")
     wait_for_others()

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.networks.layers import AffineTransform
 from torch import Tensor
 
+from grcsf_kernels.engine.data import Case, Sample
 from grcsf_kernels.engine.preprocessing import Preprocessing, turned
 from grcsf_kernels.engine.scratch import Scratch, as_tensor, slabs
-from grcsf_kernels.engine.volumes import Volume
+from grcsf_kernels.engine.volumes import Volume, read_image
 
 # As large a difference of affines as MONAI overlooks.
 _SAME = 1e-3
@@ -99,6 +101,29 @@ class Placement:
         for planes, values in _resample(read, self.space, back, self.source):
             yield planes, values.numpy()
 
+    def fill(
+        self,
+        maps: Tensor,
+        outputs: Sequence[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]],
+        done: Callable[[], None],
+    ) -> None:
+        """Write what functions make of restored maps into arrays of the file's size.
+
+        Args:
+            maps: as for :meth:`restore`.
+            outputs: arrays [X, Y, Z] or [X, Y, Z, K], and what makes their values from those of
+                the maps, voxel by voxel. 0 outside of the foreground.
+            done: called whenever planes are finished.
+        """
+        if not self.whole:
+            for array, _ in outputs:
+                array[...] = 0
+        views = [(self.turn(array), make) for array, make in outputs]
+        for planes, values in self.restore(maps):
+            for view, make in views:
+                view[..., planes] = make(values)
+            done()
+
 
 def _resample(
     read: Callable[[Box], Tensor], source: Sequence[int], matrix: np.ndarray, space: Sequence[int]
@@ -136,6 +161,22 @@ def _resample(
         size = (*space[:2], planes.stop - planes.start)
         theta = torch.as_tensor(shifted, dtype=torch.float32)
         yield planes, transform(read(box)[None], theta, size)[0]
+
+
+def load_placed(
+    case: Case, preprocessing: Preprocessing, scratch: Scratch
+) -> tuple[Sample, Placement]:
+    """Read and preprocess the image of a case, in memory of ``scratch``.
+
+    Raises:
+        InputError: a file that can't be used.
+    """
+    volume = read_image(case.images, scratch)
+    placement = Placement.of(volume, preprocessing)
+    image = place_image(volume, placement, preprocessing, scratch)
+    # Its shape stays, its memory is given up.
+    volume.array = np.broadcast_to(np.float32(0), volume.array.shape[:3])
+    return Sample(case, volume, MetaTensor(image)), placement
 
 
 def place_image(

@@ -156,14 +156,14 @@ main()
         assert done == [f"case{n}_mask.nii.gz" for n in (1, 2)]
 
     def test_a_bug_stops_one_case(self, folder, tmp_path, model, monkeypatch):
-        original = sys_modules_predict.place_image
+        original = sys_modules_predict.load_placed
 
-        def broken(volume, *args):
-            if volume.path.name.startswith("case1"):
+        def broken(case, *args):
+            if case.name == "case1":
                 raise IndexError("list index out of range")
-            return original(volume, *args)
+            return original(case, *args)
 
-        monkeypatch.setattr(sys_modules_predict, "place_image", broken)
+        monkeypatch.setattr(sys_modules_predict, "load_placed", broken)
         result = CliRunner().invoke(
             app, ["predict", str(folder), "-m", str(model), "-o", str(tmp_path / "m")]
         )
