@@ -71,6 +71,58 @@ __device__ __forceinline__ Words<T> words_at(const Shared<unsigned>& from, int v
   return Words<T>::of(from.template get_pack<vector_words>(vector * vector_words));
 }
 
+// Biases: of queries [lines], and of values [channels], summed over maps.
+__device__ __forceinline__ void stage_biases(const RcuProblem& m, const Shared<float>& query_bias,
+                                             const Shared<float>& value_bias) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  for (int line = thread; line < lines; line += threads) {
+    query_bias.set(line, line < m.lines ? weights_at<float>(m.query_bias)[line] : 0.0f);
+  }
+  for (int c = thread; c < most_channels; c += threads) {
+    float sum = 0;
+    for (int map = 0; c < m.channels && map < m.maps; ++map) {
+      sum += weights_at<float>(m.value_bias)[map * m.channels + c];
+    }
+    value_bias.set(c, sum);
+  }
+}
+
+// Of the voxels of a map that a lane has seen: least r, least -r, and their sum.
+struct Seen {
+  float low = __builtin_huge_valf(), high = __builtin_huge_valf(), sum = 0;
+};
+
+// The plan of a map and its mean, by one warp; `extremes` [warps][ranges] are of the queries.
+template <typename T>
+__device__ __forceinline__ void set_plan(const RcuProblem& m, int map, int voxels, const Seen& seen,
+                                         const Shared<float>& extremes,
+                                         const Shared<float>& averages,
+                                         const Shared<RcuPlan<float>>& plans) {
+  const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
+  float low = __builtin_huge_valf(), high = __builtin_huge_valf();
+  for (int i = lane; i < warps * m.heads; i += warp_size) {
+    const int at = i / m.heads * ranges + map * m.heads + i % m.heads;
+    low = least(low, extremes.get(at));
+    high = least(high, extremes.get(at + lines));
+  }
+  const float mean = warp_sum(seen.sum) / static_cast<float>(voxels);
+  const auto plan = plan_of<T, float>(warp_least(low), -warp_least(high), warp_least(seen.low),
+                                      -warp_least(seen.high), mean, most_nodes<T>);
+  if (lane != 0) return;
+  averages.set(m.channels + map, mean);
+  plans.set(map, plan);
+}
+
+// Means of channels, by one warp; `sums` [warps][channels] are over the voxels of each warp.
+__device__ __forceinline__ void average_channels(const RcuProblem& m, int voxels,
+                                                 const Shared<float>& sums,
+                                                 const Shared<float>& averages) {
+  const int c = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
+  float sum = 0;
+  for (int warp = 0; warp < warps; ++warp) sum += sums.get(warp * most_channels + c);
+  if (c < m.channels) averages.set(c, sum / static_cast<float>(voxels));
+}
+
 // The tables [maps][most_nodes][fields] of a patch; warps take groups of four nodes in turn.
 // visit(map, moments) adds the voxels of this lane.
 template <typename T, int fields, typename Visit>

@@ -38,35 +38,14 @@ __device__ __forceinline__ void survey(const Space& space, const Share<T>& share
 template <typename T>
 __device__ __forceinline__ void plan_map(const RcuProblem& m, const Space& space, const Box& box,
                                          int map) {
-  const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
-  constexpr float none = __builtin_huge_valf();
-  float low_r = none, high_r = none, sum = 0;
-  for (int v = lane; v < box.voxels; v += warp_size) {
+  Seen seen;
+  for (int v = lane_index(); v < box.voxels; v += warp_size) {
     const float r = space.residual.get(map * box.voxels + v);
-    low_r = least(low_r, r);
-    high_r = least(high_r, -r);
-    sum += r;
+    seen.low = least(seen.low, r);
+    seen.high = least(seen.high, -r);
+    seen.sum += r;
   }
-  float low = none, high = none;
-  for (int i = lane; i < warps * m.heads; i += warp_size) {
-    const int at = i / m.heads * ranges + map * m.heads + i % m.heads;
-    low = least(low, space.extremes.get(at));
-    high = least(high, space.extremes.get(at + lines));
-  }
-  const float mean = warp_sum(sum) / static_cast<float>(box.voxels);
-  const auto plan = plan_of<T, float>(warp_least(low), -warp_least(high), warp_least(low_r),
-                                      -warp_least(high_r), mean, most_nodes<T>);
-  if (lane != 0) return;
-  space.averages.set(m.channels + map, mean);
-  space.plans.set(map, plan);
-}
-
-__device__ __forceinline__ void average_channels(const RcuProblem& m, const Space& space,
-                                                 const Box& box) {
-  const int c = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
-  float sum = 0;
-  for (int warp = 0; warp < warps; ++warp) sum += space.sums.get(warp * most_channels + c);
-  if (c < m.channels) space.averages.set(c, sum / static_cast<float>(box.voxels));
+  set_plan<T>(m, map, box.voxels, seen, space.extremes, space.averages, space.plans);
 }
 
 // The score of a patch, by one warp.
@@ -191,7 +170,7 @@ __global__ void __launch_bounds__(most_threads, 1)
     survey(space, share, exists);
     sync_block();
     for (int map = warp; map < m.maps; map += warps) plan_map<T>(m, space, box, map);
-    if (warp == warps - 1) average_channels(m, space, box);
+    if (warp == warps - 1) average_channels(m, box.voxels, space.sums, space.averages);
     sync_block();
     if (warp == 0) find_score(m, space, box, patch);
     make_tables<T, fields>(m.maps, space.plans, space.tables, [&](int map, auto& moments) {

@@ -77,16 +77,7 @@ __device__ __forceinline__ void stage_weights(const RcuProblem& m, const Space& 
     space.query_weight.set(at, value(std::false_type(), m.query_weight));
     space.value_weight.set(at, value(std::true_type(), m.value_weight));
   }
-  for (int line = thread; line < lines; line += threads) {
-    space.query_bias.set(line, line < m.lines ? weights_at<float>(m.query_bias)[line] : 0.0f);
-  }
-  for (int c = thread; c < most_channels; c += threads) {
-    float sum = 0;
-    for (int map = 0; c < m.channels && map < m.maps; ++map) {
-      sum += weights_at<float>(m.value_bias)[map * m.channels + c];
-    }
-    space.value_bias.set(c, sum);
-  }
+  stage_biases(m, space.query_bias, space.value_bias);
 }
 
 // A thread's part of a patch: channels group, group + groups, ... of a vector of voxels.

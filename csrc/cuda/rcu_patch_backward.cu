@@ -306,7 +306,9 @@ __global__ void __launch_bounds__(most_threads, most_blocks<T>)
     Line a = find_queries(m, room, voxels, turn);
     sync_block();
     for (int map = warp; map < m.maps; map += warps) plan_map(m, room, map, turn);
-    if (warp == warps - 1) average_channels(m, room, turn);
+    if (warp == warps - 1) {
+      average_channels(m, room.boxes.get(turn).voxels, room.of_x, room.averages);
+    }
     if (threadIdx.x == 0) {
       room.scores.set(0, static_cast<const float*>(m.scores)[patch]);
       room.scores.set(1, static_cast<const float*>(m.grad_scores)[patch]);

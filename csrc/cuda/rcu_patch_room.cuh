@@ -134,16 +134,7 @@ __device__ __forceinline__ void stage_constants(const RcuProblem& m, const Room<
   for (int i = 0; i < sums_there; ++i) room.weight_sums.set(i * most_threads + thread, 0);
   for (int i = thread; i < bias_values; i += threads) room.bias_sums.set(i, 0);
   if (thread == 0) room.boxes.set(0, box_of(m, static_cast<int>(blockIdx.x)));
-  for (int line = thread; line < lines; line += threads) {
-    room.query_bias.set(line, line < m.lines ? weights_at<float>(m.query_bias)[line] : 0.0f);
-  }
-  for (int c = thread; c < most_channels; c += threads) {
-    float sum = 0;
-    for (int map = 0; c < m.channels && map < m.maps; ++map) {
-      sum += weights_at<float>(m.value_bias)[map * m.channels + c];
-    }
-    room.value_bias.set(c, sum);
-  }
+  stage_biases(m, room.query_bias, room.value_bias);
   const int vectors = m.patch_d * m.patch_h * m.patch_w / N;
   for (int i = thread; i < threads / warp_size * tile_vectors<T>; i += threads) {
     const int row = i * N / m.patch_w, w = i * N % m.patch_w;
@@ -293,37 +284,13 @@ __device__ __forceinline__ Line find_queries(const RcuProblem& m, const Room<T>&
 template <typename T>
 __device__ __forceinline__ void plan_map(const RcuProblem& m, const Room<T>& room, int map,
                                          int turn) {
-  const Box box = room.boxes.get(turn);
   const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
-  constexpr float none = __builtin_huge_valf();
-  float low = none, high = none, low_r = none, high_r = none, sum = 0;
-  for (int i = lane; i < warps * m.heads; i += warp_size) {
-    const int at = i / m.heads * ranges + map * m.heads + i % m.heads;
-    low = least(low, room.extremes.get(at));
-    high = least(high, room.extremes.get(at + lines));
-  }
+  Seen seen;
   if (lane < warps) {
     const int at = (lane * m.maps + map) * map_parts;
-    low_r = room.of_maps.get(at);
-    high_r = room.of_maps.get(at + 1);
-    sum = room.of_maps.get(at + 2);
+    seen = {room.of_maps.get(at), room.of_maps.get(at + 1), room.of_maps.get(at + 2)};
   }
-  const float mean = warp_sum(sum) / static_cast<float>(box.voxels);
-  const auto plan = plan_of<T, float>(warp_least(low), -warp_least(high), warp_least(low_r),
-                                      -warp_least(high_r), mean, most_nodes<T>);
-  if (lane != 0) return;
-  room.averages.set(m.channels + map, mean);
-  room.plans.set(map, plan);
-}
-
-template <typename T>
-__device__ __forceinline__ void average_channels(const RcuProblem& m, const Room<T>& room,
-                                                 int turn) {
-  const Box box = room.boxes.get(turn);
-  const int c = lane_index(), warps = static_cast<int>(blockDim.x) / warp_size;
-  float sum = 0;
-  for (int warp = 0; warp < warps; ++warp) sum += room.of_x.get(warp * most_channels + c);
-  if (c < m.channels) room.averages.set(c, sum / static_cast<float>(box.voxels));
+  set_plan<T>(m, map, room.boxes.get(turn).voxels, seen, room.extremes, room.averages, room.plans);
 }
 
 }  // namespace
