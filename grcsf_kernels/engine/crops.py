@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from monai.data.utils import affine_to_spacing
 from monai.transforms import (
@@ -25,19 +26,23 @@ from monai.transforms import (
     RandScaleIntensityFixedMeand,
     RandSimulateLowResolutiond,
     RandSpatialCropd,
+    SpatialPad,
     SpatialPadd,
     Transform,
+    map_binary_to_indices,
 )
+from numpy.typing import NDArray
 from torch import Tensor
 
 from grcsf_kernels.engine.config import AugmentationConfig, PretrainConfig, TrainConfig
-from grcsf_kernels.engine.data import Sample, Samples
+from grcsf_kernels.engine.data import Case, Sample, Samples
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loop import seed_of
 
 # An axis whose voxels are this many times longer than the others is not rotated out of its plane:
 # in-plane detail would be smeared over slices.
 _COARSE = 3.0
+_CENTERS = 1 << 16  # healthy voxels of a case that crops may be centered on, drawn once
 
 
 class _CropsOfCases:
@@ -68,10 +73,15 @@ class _CropsOfCases:
         transform = self._transform(_coarse_axis(sample))
         transform.set_random_state(seed=seed)
         parts = {key: torch.as_tensor(getattr(sample, key)) for key in self._keys}
-        crop = transform({key: part.as_subclass(Tensor) for key, part in parts.items()})
+        parts = {key: part.as_subclass(Tensor) for key, part in parts.items()}
+        crop = transform(parts | self._more(sample))
         if isinstance(crop, list):  # RandCropByPosNegLabeld makes a list of its samples
             (crop,) = crop
         return torch.cat([torch.as_tensor(crop[k]).as_subclass(Tensor) for k in self._keys])
+
+    def _more(self, sample: Sample) -> dict[str, NDArray[np.int64]]:
+        """What the transforms need beside the tensors."""
+        return {}
 
     def _transform(self, coarse: int | None) -> Compose:
         raise NotImplementedError
@@ -118,7 +128,19 @@ class LesionCrops(_CropsOfCases):
         keys = ["image", "label"] + ([] if samples[0].residual is None else ["residual"])
         super().__init__(samples, keys, seed)
         self._config = config
+        self._centers: dict[Case, dict[str, NDArray[np.int64]]] = {}
         self._transform(None)  # errors of the settings now, not at the first step
+
+    def _more(self, sample: Sample) -> dict[str, NDArray[np.int64]]:
+        """Voxels of the padded volume that crops are centered on, found once a case."""
+        if sample.case not in self._centers:
+            label = SpatialPad(self._config.crop_size)(sample.label)
+            lesion, rest = map_binary_to_indices(torch.as_tensor(label))
+            # As int64 the healthy voxels take twice the memory of the image.
+            rng = np.random.default_rng(0)
+            rest = rest if len(rest) <= _CENTERS else rng.choice(rest, _CENTERS, replace=False)
+            self._centers[sample.case] = {"lesion": np.asarray(lesion), "rest": np.asarray(rest)}
+        return self._centers[sample.case]
 
     def _transform(self, coarse: int | None) -> Compose:
         keys, config = self._keys, self._config
@@ -134,6 +156,8 @@ class LesionCrops(_CropsOfCases):
                     pos=config.foreground,
                     neg=1 - config.foreground,
                     num_samples=1,
+                    fg_indices_key="lesion",
+                    bg_indices_key="rest",
                     allow_smaller=True,
                 ),
                 _cut(keys, config.crop_size, config.augmentation, coarse),
