@@ -13,6 +13,8 @@ nib = pytest.importorskip("nibabel", reason="needs the extra train")
 pytest.importorskip("nilearn", reason="needs the extra demo")
 
 from grcsf_kernels.engine import synthetic  # noqa: E402
+from grcsf_kernels.engine.synthetic.anatomy import deformed_head  # noqa: E402
+from grcsf_kernels.engine.synthetic.lesions import grow_lesion  # noqa: E402
 
 SPACING = 4.0
 
@@ -63,7 +65,7 @@ def test_lesions_lie_in_the_brain_apart_and_in_range() -> None:
         parts, count = ndimage.label(label, np.ones((3, 3, 3)))
         assert 1 <= count <= 3
         volumes += [int(n) * voxel for n in np.bincount(parts.ravel())[1:]]
-    low, high = synthetic.LESION_VOLUME_MM3
+    low, high = synthetic.LESION_VOLUME_MM3["t1"]
     assert min(volumes) >= min(low, voxel)
     assert max(volumes) <= high + voxel
     assert max(volumes) > 20 * min(volumes)  # small and large ones
@@ -75,7 +77,7 @@ def test_volume_is_met_in_one_piece(volume: float, spacing: tuple[float, ...]) -
     size = np.array(spacing)
     free = np.ones([int(100 // s) for s in spacing], bool)
     for seed in range(3):
-        lesion = synthetic._grow_lesion(np.random.default_rng(seed), free, volume, size)
+        lesion = grow_lesion(np.random.default_rng(seed), free, volume, size)
         assert lesion.sum() == max(1, round(volume / size.prod()))
         assert ndimage.label(lesion)[1] == 1
 
@@ -136,3 +138,51 @@ def test_wrong_arguments_are_named(arguments: dict, named: str) -> None:
         synthetic.make_subject(0, **arguments)
     with pytest.raises(ValueError, match="count"):
         synthetic.make_dataset(Path("unused"), -1)
+
+
+def test_heads_differ_in_ventricles_and_cortex() -> None:
+    heads = [deformed_head(np.random.default_rng(seed), np.full(3, SPACING)) for seed in range(6)]
+    ventricles = []
+    for head in heads:
+        np.testing.assert_allclose(head.grey + head.white + head.fluid, head.brain, atol=1e-6)
+        indices = np.moveaxis(np.indices(head.brain.shape), 0, -1)
+        places = indices @ head.affine[:3, :3].T + head.affine[:3, 3]
+        near = np.linalg.norm(places - [0, -15, 15], axis=-1) < 30
+        ventricles.append(head.fluid[near].sum())
+    assert max(ventricles) > 1.3 * min(ventricles)
+
+
+def test_lesions_go_from_barely_visible_to_plain() -> None:
+    changes = []
+    for seed in range(24):
+        image, label, _ = synthetic.make_subject(seed, SPACING, lesions=(1, 1))
+        healthy, _, _ = synthetic.make_subject(seed, SPACING, lesions=(0, 0))
+        changes.append(1 - image[label > 0].mean() / healthy[label > 0].mean())
+    assert min(changes) < 0.1
+    assert max(changes) > 0.4
+
+
+def test_ct_has_bright_lesions_in_the_brain_and_bone_as_bright() -> None:
+    volumes = []
+    for seed in range(6):
+        image, label, affine = synthetic.make_subject(seed, 2.0, (1, 4), modality="ct")
+        healthy, _, _ = synthetic.make_subject(seed, 2.0, (0, 0), modality="ct")
+        head = deformed_head(np.random.default_rng(seed).spawn(3)[0], np.full(3, 2.0))
+        lesion = label > 0
+        assert lesion.any()
+        assert head.brain[lesion].all()
+        assert image[lesion].mean() > healthy[lesion].mean() + 30
+        assert image.min() >= -1024
+        assert np.median(image[0]) == pytest.approx(-1000, abs=50)  # air at the face
+        # In the brain's box there is bone: what is bright is mostly no lesion.
+        bright = image > image[lesion].mean()
+        assert (bright & ~lesion).sum() > (bright & lesion).sum()
+        parts, _ = ndimage.label(lesion, np.ones((3, 3, 3)))
+        volumes += [int(n) * 8 for n in np.bincount(parts.ravel())[1:]]
+        np.testing.assert_allclose(np.diag(affine)[:3], 2)
+    assert max(volumes) <= synthetic.LESION_VOLUME_MM3["ct"][1] + 8
+
+
+def test_unknown_modality() -> None:
+    with pytest.raises(ValueError, match="modality must be 't1' or 'ct', got 'pet'"):
+        synthetic.make_subject(0, 8.0, modality="pet")
