@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that differ: the template under an affine, a smooth deformation, and with more or less fluid.
+"""Heads that differ: the template under an affine and a smooth deformation, with its own fluid.
 
 Coordinates are voxels of the 1 mm template until a head is sampled on the grid of its subject.
 """
