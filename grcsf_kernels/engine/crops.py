@@ -134,6 +134,7 @@ class LesionCrops(_CropsOfCases):
     def _more(self, sample: Sample) -> dict[str, NDArray[np.int64]]:
         """Voxels of the padded volume that crops are centered on, found once a case."""
         if sample.case not in self._centers:
+            assert sample.label is not None
             label = SpatialPad(self._config.crop_size)(sample.label)
             lesion, rest = map_binary_to_indices(torch.as_tensor(label))
             # As int64 the healthy voxels take twice the memory of the image.

@@ -18,3 +18,7 @@ class InputError(Exception):
     def __init__(self, where: Path | str, problem: str, remedy: str) -> None:
         super().__init__(f"{where}: {problem}; {remedy}")
         self.where, self.problem, self.remedy = where, problem, remedy
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[Path | str, str, str]]:
+        """Pickled by its three parts: the default, by its one line, breaks a pool of processes."""
+        return type(self), (self.where, self.problem, self.remedy)

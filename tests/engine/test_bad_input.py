@@ -336,3 +336,10 @@ def test_nothing_half_written_when_writing_fails(tmp_path, monkeypatch):
         engine.volumes.write_volume(target, label, like)
     assert target.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a_image.nii.gz", "a_mask.nii.gz"]
+
+
+def test_the_error_crosses_processes() -> None:
+    error = InputError("a.nii.gz", "is empty", "leave it out")
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error) == "a.nii.gz: is empty; leave it out"
+    assert (copy.where, copy.problem, copy.remedy) == (error.where, error.problem, error.remedy)

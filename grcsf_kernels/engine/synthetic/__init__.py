@@ -31,7 +31,7 @@ from grcsf_kernels.engine.synthetic.anatomy import deformed_head
 from grcsf_kernels.engine.synthetic.lesions import grow_lesion, paint
 
 LESION_VOLUME_MM3 = {"t1": (10.0, 50_000.0), "ct": (3.0, 1_000.0)}
-_SCANNERS = {"t1": scanner.T1, "ct": scanner.CT}
+_SCANNERS: dict[str, type[scanner.T1 | scanner.CT]] = {"t1": scanner.T1, "ct": scanner.CT}
 
 
 def make_subject(
