@@ -37,7 +37,7 @@ def readable_bytes(count: float | None) -> str:
     return "" if count is None else _readable(count, units)
 
 
-def _table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+def table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     names = list(header)
     text = ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] * len(names)) + " |"]
     text += ["| " + " | ".join(line) + " |" for line in lines]
@@ -64,7 +64,7 @@ def case_table(rows: Rows) -> str:
         line.append(readable_bytes(row["peak_extra_bytes"]))
         line.append(str(row["launches"]) if on_gpu else readable_bytes(row["peak_resident_bytes"]))
         lines.append([*line, str(row["rounds"])])
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def growth_table(rows: Rows) -> str:
@@ -82,7 +82,7 @@ def growth_table(rows: Rows) -> str:
         smallest, largest = min(found)[0], max(found)[0]
         span = f"{round(smallest ** (1 / 3))}³ to {round(largest ** (1 / 3))}³"
         lines.append([subject, peer, f"{slope:.2f}", span, str(len(found))])
-    return _table(["operator", "peer", "exponent", "volumes", "points"], lines)
+    return table(["operator", "peer", "exponent", "volumes", "points"], lines)
 
 
 def _absent(entries: Rows) -> str:
@@ -95,7 +95,7 @@ def _absent(entries: Rows) -> str:
     for (peer, reason), places in sorted(grouped.items()):
         shown = "; ".join(places[:3]) + (f"; and {len(places) - 3} more" if places[3:] else "")
         lines.append([peer, reason, shown])
-    return _table(["peer", "reason", "where"], lines)
+    return table(["peer", "reason", "where"], lines)
 
 
 def _heading(content: dict[str, Any]) -> str:
@@ -153,7 +153,7 @@ def side_by_side(contents: list[dict[str, Any]]) -> str:
         [group, peer, *(readable_time(found[n]) if n in found else "" for n in names)]
         for (group, peer), found in sorted(medians.items())
     ]
-    return _table(["case", "peer", *names], lines)
+    return table(["case", "peer", *names], lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.study``: the whole study from nothing, or what is missing of it.
+
+Every piece (the subjects, the maps of a seed, an arm with a seed) runs in a process of its own and
+leaves a result; the same call goes on where an earlier one ended. The report is written again
+after every piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.study import costs, report, runs
+from benchmarks.study.protocol import ARMS, SEEDS
+from benchmarks.study.runs import Study
+from benchmarks.study.scales import SCALES
+
+Job = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+def run_all(jobs: list[Job], processes: int) -> list[str]:
+    """Call every job in a fresh process, some at once; what went wrong, a line each."""
+    failed = []
+    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = {
+            pool.submit(runs.call, function, *arguments): (function, arguments)
+            for function, arguments in jobs
+        }
+        for future in as_completed(waiting):
+            problem = future.exception()
+            if problem is not None:
+                function, arguments = waiting[future]
+                what = " ".join([function.__name__, *map(str, arguments[1:])])
+                failed.append(f"{what}: {problem}")
+                sys.stderr.write(failed[-1] + "\n")
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing; the exit status is 1 where a piece failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/study-<scale>")
+    parser.add_argument("--work", type=Path, help="default: build/study/<scale>")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, help="processes at once; default: cores, 1 on a GPU")
+    options = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available()
+    jobs = options.jobs or (1 if gpu else torch.get_num_threads())
+    if not gpu:
+        # Small networks: several at once, on a thread each, are faster than one on all cores.
+        os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
+    study = Study(
+        SCALES[options.scale],
+        (options.work or Path("build/study") / options.scale).resolve(),
+        (options.out or results.FOLDER / f"study-{options.scale}").resolve(),
+    )
+
+    failed = run_all([(runs.make_subjects, (study, name)) for name in runs.SETS], jobs)
+    stages: list[list[Job]] = [
+        [
+            *((runs.make_maps, (study, seed)) for seed in options.seeds),
+            (runs.rate_difficulty, (study,)),
+        ],
+        [(runs.run_arm, (study, arm, seed)) for seed in options.seeds for arm in options.arms],
+    ]
+    for stage in stages:
+        # A map that is missing fails the arms that need it, and no other.
+        failed += run_all(stage, jobs)
+    failed += run_all([(costs.measure_costs, (study, arm)) for arm in options.arms], 1)
+    report.write(study)
+    for problem in failed:
+        sys.stderr.write(f"failed: {problem}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

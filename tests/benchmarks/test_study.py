@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study: arms that differ in the network alone, areas, differences, a tiny one to its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nibabel", reason="needs the extra train")
+pytest.importorskip("nilearn", reason="needs the extra demo")
+
+from benchmarks.study import comparison, costs, pictures, protocol, ranking, report, runs
+from benchmarks.study.__main__ import run_all
+from benchmarks.study.protocol import ARMS, Scale
+from benchmarks.study.scales import SCALES
+from grcsf_kernels import engine
+
+TINY = Scale(
+    name="tiny",
+    spacing=8.0,
+    training=2,
+    held_out=2,
+    channels=(4, 8),
+    widened=(5, 9),
+    crop=8,
+    batch=1,
+    steps=2,
+    learning_rate=1e-3,
+    rcu_levels=(0,),
+    rcu_patch=4,
+    reduction=2,
+    autoencoder=engine.AutoencoderConfig(
+        mask_ratios=protocol.MASK_RATIOS,
+        patch_size=(8, 8, 8),
+        embed_dim=12,
+        depth=1,
+        num_heads=1,
+        decoder_dim=12,
+        decoder_depth=1,
+        decoder_heads=1,
+    ),
+    autoencoder_crop=(16, 16, 16),
+    autoencoder_steps=2,
+)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_arms_differ_in_the_network_alone(scale: Scale) -> None:
+    configs = [protocol.training(scale, arm, 1) for arm in ARMS.values()]
+    same = [dataclasses.replace(config, model=engine.ModelConfig()) for config in configs]
+    assert all(config == same[0] for config in same)
+    models = [json.dumps(dataclasses.asdict(config.model)) for config in configs]
+    # both and both-complementary are the same network: their maps differ.
+    assert len(set(models)) == len(ARMS) - 1
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_the_widened_backbone_has_the_parameters_of_the_full_model(scale: Scale) -> None:
+    from grcsf_kernels.engine.train import build
+
+    full, widened = (
+        sum(
+            weight.numel()
+            for weight in build(protocol.training(scale, ARMS[arm], 0), 2).parameters()
+        )
+        for arm in ("both", "widened")
+    )
+    assert full <= widened < 1.25 * full
+
+
+def test_areas_by_lesion_size() -> None:
+    label = np.zeros((12, 12, 12), bool)
+    label[2, 2, 2] = True  # 8 mm^3
+    label[6:10, 6:10, 6:10] = True  # 512 mm^3
+    inside = np.ones_like(label)
+    inside[0] = False
+    score = np.zeros(label.shape)
+    score[6:10, 6:10, 6:10] = 1  # above every healthy voxel
+    score[0] = 5  # air does not count
+    areas = ranking.areas_under_curve(score, label, inside, 8.0)
+    assert areas["100 to 1000"] == 1
+    assert areas["0 to 100"] == 0.5  # as the healthy ones
+    assert areas["all"] == pytest.approx((64 * 1 + 1 * 0.5) / 65)
+    assert "1000 and more" not in areas
+    summary = ranking.summarize([areas, {"all": 0.5}])
+    assert list(summary) == ["all", "0 to 100", "100 to 1000"]
+    assert summary["all"]["subjects"] == 2
+    assert summary["0 to 100"]["interval"] is None
+
+
+def _run(arm: str, seed: int, scores: list[float]) -> dict[str, Any]:
+    cases = {
+        f"s{index}": {
+            "dice": score,
+            "lesion_f1": score / 2,
+            "sensitivity": score,
+            "precision": score,
+            "volume_difference": -2000.0,
+        }
+        for index, score in enumerate(scores)
+    }
+    lesions = {name: [[50.0, index == 0], [2000.0, True]] for index, name in enumerate(cases)}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "cases": cases,
+        "lesions": lesions,
+        "parameters": 7,
+        "training_seconds": 1.0,
+        "prediction_seconds": 1.0,
+        "resident_mib": 1.0,
+    }
+
+
+def test_differences_are_paired_and_clear_only_if_every_seed_agrees() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.1, 0.8, 12)
+    found: comparison.Runs = {
+        "backbone": {seed: _run("backbone", seed, list(base)) for seed in (0, 1)},
+        "gcu": {seed: _run("gcu", seed, list(base + 0.05)) for seed in (0, 1)},
+        "rcu": {
+            0: _run("rcu", 0, list(base + 0.2)),
+            1: _run("rcu", 1, list(base - 0.02)),
+        },
+    }
+    compared = comparison.differences(found)
+    gcu, rcu = compared["gcu - backbone"]["dice"], compared["rcu - backbone"]["dice"]
+    assert gcu["mean"] == pytest.approx(0.05)
+    np.testing.assert_allclose(gcu["interval"], 0.05)  # pairs: subjects differ by far more
+    assert gcu["clear"]
+    assert rcu["interval"][0] > 0
+    assert rcu["seeds"][1] < 0
+    assert not rcu["clear"]
+    assert not compared["gcu - backbone"]["absolute_volume_difference"]["clear"]
+    described = comparison.describe(found)["gcu"]
+    assert described["absolute_volume_difference"]["mean"] == 2
+    assert described["found"]["0 to 100"]["mean"] == pytest.approx(1 / 12)
+    assert described["found"]["1000 and more"]["lesions"] == 24
+
+
+def test_a_tiny_study_to_its_end_and_again(tmp_path: Path) -> None:
+    study = runs.Study(TINY, tmp_path / "work", tmp_path / "out")
+    for name in runs.SETS:
+        runs.make_subjects(study, name)
+    runs.make_maps(study, 0)
+    runs.rate_difficulty(study)
+    for arm in ("backbone", "both-complementary"):
+        runs.run_arm(study, arm, 0)
+        costs.measure_costs(study, arm)
+    report.write(study)
+    text = (study.out / "report.md").read_text()
+    for heading in ("## Arms", "## Differences", "## Residual maps", "## Costs"):
+        assert heading in text
+    assert "both-complementary less backbone" in text
+    assert "75% hidden, complementary" in text
+    for name in ("differences.png", "sizes.png", "ranking.png"):
+        assert (study.out / name).stat().st_size > 1000
+    pictures.draw_cases(study, "both-complementary", 0, tmp_path / "cases.png")
+    assert (tmp_path / "cases.png").is_file()
+
+    # Again: what is there stays as it is; a result with other settings is made anew.
+    kept, other = (study.run_path(arm, 0) for arm in ("backbone", "both-complementary"))
+    before = kept.read_bytes()
+    changed = json.loads(other.read_text())
+    changed["identity"]["subjects"][0] = 99
+    other.write_text(json.dumps(changed))
+    for arm in ("backbone", "both-complementary"):
+        runs.run_arm(study, arm, 0)
+    assert kept.read_bytes() == before
+    assert json.loads(other.read_text())["identity"]["subjects"][0] == TINY.training
+
+
+def test_a_piece_that_fails_is_named_and_stops_no_other(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = runs.Study(TINY, tmp_path / "work", tmp_path / "out")
+    failed = run_all(
+        [(runs.run_arm, (study, "rcu", 3)), (runs.make_subjects, (study, "training"))], 1
+    )
+    (line,) = failed
+    assert line.startswith("run_arm rcu 3: ")
+    assert (study.work / "training" / "done.json").is_file()
+    assert "make subjects training" in capfd.readouterr().out
+
+
+def test_subjects_are_drawn(tmp_path: Path) -> None:
+    pictures.draw_subjects(tmp_path / "subjects.png", 8.0, count=2)
+    assert (tmp_path / "subjects.png").stat().st_size > 10_000
