@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc python tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize sanitize-quick emulate lint format bench gpu-check docs clean
+.PHONY: demo test sanitize sanitize-quick emulate lint format bench study gpu-check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
@@ -37,6 +37,11 @@ emulate: $(VENV)/.installed
 # The whole suite, then the report: about 80 minutes on two cores. BENCH="--quick" takes minutes.
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run $(if $(OUT),--out $(OUT)) $(BENCH)
+
+# What the units add to a backbone (docs/study.md): 75 minutes on two cores. Goes on where it was.
+# On a GPU: make study STUDY="--scale gpu"
+study: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.study $(if $(OUT),--out $(OUT)) $(STUDY)
 
 # On a machine with a GPU and no network, in the environment that is there: no environment is made.
 gpu-check:

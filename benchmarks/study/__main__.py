@@ -9,41 +9,15 @@ after every piece.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from benchmarks import results
 from benchmarks.study import costs, report, runs
+from benchmarks.study.pool import Job, run_all, use_one_thread_each
 from benchmarks.study.protocol import ARMS, SEEDS
 from benchmarks.study.runs import Study
 from benchmarks.study.scales import SCALES
-
-Job = tuple[Callable[..., None], tuple[Any, ...]]
-
-
-def run_all(jobs: list[Job], processes: int) -> list[str]:
-    """Call every job in a fresh process, some at once; what went wrong, a line each."""
-    failed = []
-    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting = {
-            pool.submit(runs.call, function, *arguments): (function, arguments)
-            for function, arguments in jobs
-        }
-        for future in as_completed(waiting):
-            problem = future.exception()
-            if problem is not None:
-                function, arguments = waiting[future]
-                what = " ".join([function.__name__, *map(str, arguments[1:])])
-                failed.append(f"{what}: {problem}")
-                sys.stderr.write(failed[-1] + "\n")
-    return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,11 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, help="processes at once; default: cores, 1 on a GPU")
     options = parser.parse_args(arguments)
-    gpu = torch.cuda.is_available()
-    jobs = options.jobs or (1 if gpu else torch.get_num_threads())
-    if not gpu:
-        # Small networks: several at once, on a thread each, are faster than one on all cores.
-        os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
+    jobs = use_one_thread_each(options.jobs)
     study = Study(
         SCALES[options.scale],
         (options.work or Path("build/study") / options.scale).resolve(),

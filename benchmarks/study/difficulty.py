@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.ensemble import HistGradientBoostingClassifier
 
-from grcsf_kernels import engine
+from benchmarks.study import protocol
 from grcsf_kernels.engine.data import Preprocessing, find_cases, load_sample
 from grcsf_kernels.engine.metrics import dice, lesion_f1
 from grcsf_kernels.engine.report import Report
@@ -57,7 +57,7 @@ def measure_difficulty(training: Path, held_out: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> list[Case]:
-    preprocessing = Preprocessing(engine.DataConfig())
+    preprocessing = Preprocessing(protocol.DATA)
     cases = []
     for case in find_cases(folder, Report(), labels=True):
         sample = load_sample(case, preprocessing, labels=True)

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from grcsf_kernels import engine
+from grcsf_kernels.engine.config import to_dict
 
 SEEDS = (0, 1, 2)
 # Of the subjects. Development subjects, on which settings are chosen, are none of the study's.
 TRAINING, HELD_OUT, DEVELOPMENT = 8_000_001, 8_000_002, 8_000_003
 LESIONS = (2, 6)  # of a subject
 MASK_RATIOS = (0.5, 0.75)
+MASKINGS = ("random", "complementary")
 DRAWS = 4
+DATA = engine.DataConfig(crop_foreground=True)  # preprocessing, the same everywhere
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Scale:
         autoencoder_steps: of pretraining, each with one crop.
         precision: as Lightning Fabric names it.
         overlap: of windows in prediction.
+        development: subjects that settings are chosen on; half as many are measured there.
     """
 
     name: str
@@ -88,6 +93,18 @@ class Scale:
     autoencoder_steps: int
     precision: str = "32-true"
     overlap: float = 0.25
+    development: int = 24
+
+
+def subject_sets(scale: Scale) -> dict[str, tuple[int, int, tuple[int, int]]]:
+    """Number, seed and number of lesions of each set of subjects."""
+    return {
+        "training": (scale.training, TRAINING, LESIONS),
+        "held_out": (scale.held_out, HELD_OUT, LESIONS),
+        "development": (scale.development, DEVELOPMENT, LESIONS),
+        "development_held_out": (scale.development // 2, DEVELOPMENT + 1, LESIONS),
+        "development_healthy": (scale.development, DEVELOPMENT + 2, (0, 0)),
+    }
 
 
 def _optimization(
@@ -108,6 +125,7 @@ def _optimization(
 def pretraining(scale: Scale, seed: int) -> engine.PretrainConfig:
     """Settings of the autoencoders of a seed."""
     return engine.PretrainConfig(
+        data=DATA,
         model=scale.autoencoder,
         optimization=_optimization(scale, scale.autoencoder_steps, 1, 1e-3, seed),
         crop_size=scale.autoencoder_crop,
@@ -123,6 +141,7 @@ def residuals(masking: str, seed: int) -> engine.ResidualsConfig:
 def training(scale: Scale, arm: Arm, seed: int) -> engine.TrainConfig:
     """Settings of a network: those of the arms differ in ``model`` alone."""
     return engine.TrainConfig(
+        data=DATA,
         model=engine.ModelConfig(
             channels=scale.widened if arm.widened else scale.channels,
             rcu_levels=scale.rcu_levels,
@@ -145,22 +164,31 @@ def prediction(scale: Scale) -> engine.PredictConfig:
     return engine.PredictConfig(overlap=scale.overlap, batch_size=scale.batch, skip_air=True)
 
 
+def maps_identity(scale: Scale, seed: int) -> dict[str, Any]:
+    """All that the residual maps of a seed depend on, in JSON's types."""
+    return _plain(
+        {
+            "subjects": subject_sets(scale),
+            "spacing": scale.spacing,
+            "pretraining": to_dict(pretraining(scale, seed)),
+            "residuals": [to_dict(residuals(masking, seed)) for masking in MASKINGS],
+        }
+    )
+
+
 def identity(scale: Scale, arm: Arm, seed: int) -> dict[str, Any]:
     """All that the result of a run depends on, in JSON's types; a result with another is old."""
-    import json
+    return _plain(
+        {
+            "subjects": subject_sets(scale),
+            "spacing": scale.spacing,
+            "training": to_dict(training(scale, arm, seed)),
+            "prediction": to_dict(prediction(scale)),
+            "masking": arm.masking,
+            "maps": maps_identity(scale, seed) if arm.masking else None,
+        }
+    )
 
-    from grcsf_kernels.engine.config import to_dict
 
-    maps = None
-    if arm.masking is not None:
-        made = residuals(arm.masking, seed)
-        maps = {"pretraining": to_dict(pretraining(scale, seed)), "residuals": to_dict(made)}
-    found = {
-        "scale": scale.name,
-        "spacing": scale.spacing,
-        "subjects": [scale.training, scale.held_out, list(LESIONS), TRAINING, HELD_OUT],
-        "training": to_dict(training(scale, arm, seed)),
-        "prediction": to_dict(prediction(scale)),
-        "maps": maps,
-    }
-    return json.loads(json.dumps(found))
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values))

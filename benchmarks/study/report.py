@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import readable_bytes, readable_time, table
-from benchmarks.study import comparison, pictures, ranking
+from benchmarks.study import causes, comparison, pictures, ranking
 from benchmarks.study.protocol import ARMS, BASELINE
 from benchmarks.study.runs import Study
 from grcsf_kernels.engine.files import write_whole
@@ -73,6 +73,9 @@ def write(study: Study) -> None:
     costs = load_costs(out)
     if costs:
         parts += ["## Costs", costs_table(costs, found)]
+    trials = causes.tables(out)
+    if trials:
+        parts += ["## Causes, on development subjects", *trials]
     text = "\n\n".join(parts) + "\n"
     write_whole(out / "report.md", lambda temporary: temporary.write_text(text))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pieces of a study, each in a process of its own, each with a result that is kept.
 
-Every function here is called in a fresh process by :mod:`benchmarks.study.__main__` and leaves
+Every function here is called in a fresh process by :mod:`benchmarks.study.pool` and leaves
 files that appear whole; one that finds its files does nothing. A training that was killed goes on
 from its last state.
 """
@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
 
 from benchmarks import results
@@ -27,9 +24,8 @@ from benchmarks.study.difficulty import measure_difficulty
 from benchmarks.study.protocol import ARMS, Scale
 from grcsf_kernels import engine
 from grcsf_kernels.engine.checkpoint import load_checkpoint
-from grcsf_kernels.engine.data import Preprocessing, find_cases, load_sample, residual_path
+from grcsf_kernels.engine.data import Preprocessing, find_cases, load_sample
 from grcsf_kernels.engine.files import write_whole
-from grcsf_kernels.engine.pretrain import autoencoder_path
 from grcsf_kernels.engine.report import Report
 from grcsf_kernels.engine.synthetic import make_dataset
 
@@ -76,15 +72,14 @@ def machine() -> dict[str, Any]:
 
 
 def make_subjects(study: Study, subjects: str) -> None:
-    """Make the subjects of a set."""
-    folder, scale = study.work / subjects, study.scale
-    count = getattr(scale, subjects)
+    """Make the subjects of a set, see :func:`benchmarks.study.protocol.subject_sets`."""
+    folder = study.work / subjects
+    count, seed, lesions = protocol.subject_sets(study.scale)[subjects]
     done = folder / "done.json"
-    seed = {"training": protocol.TRAINING, "held_out": protocol.HELD_OUT}[subjects]
-    wanted = [count, seed, scale.spacing, list(protocol.LESIONS)]
+    wanted = [count, seed, study.scale.spacing, list(lesions)]
     if done.is_file() and json.loads(done.read_text()) == wanted:
         return
-    make_dataset(folder, count, seed, scale.spacing, protocol.LESIONS)
+    make_dataset(folder, count, seed, study.scale.spacing, lesions)
     save(done, wanted)
 
 
@@ -97,80 +92,103 @@ def rate_difficulty(study: Study) -> None:
 
 def make_maps(study: Study, seed: int) -> None:
     """Pretrain the autoencoders of a seed and make its residual maps, random and complementary."""
+    path = study.out / "ranking" / f"{seed}.json"
+    identity = protocol.maps_identity(study.scale, seed)
+    start = time.perf_counter()
     folder = study.work / "autoencoders" / str(seed)
     config = protocol.pretraining(study.scale, seed)
-    start = time.perf_counter()
-    paths = [autoencoder_path(folder, ratio) for ratio in config.model.mask_ratios]
-    if not all(path.is_file() for path in paths) or any(
-        path.with_suffix(".state").is_file() for path in paths
-    ):
-        paths = engine.pretrain(study.work / "training", folder, config)
-    for masking in ("random", "complementary"):
+    paths = engine.pretrain(study.work / "training", folder, config)
+    held_out = {}
+    for masking in protocol.MASKINGS:
         settings = protocol.residuals(masking, seed)
         for subjects in SETS:
             target = study.maps(seed, masking, subjects)
-            done = engine.cache_residuals(study.work / subjects, paths, target, settings)
-            _expect_all(done)
+            expect_all(engine.cache_residuals(study.work / subjects, paths, target, settings))
+        held_out[masking] = study.maps(seed, masking, "held_out")
     seconds = time.perf_counter() - start
-    save(study.out / "ranking" / f"{seed}.json", _rank(study, seed) | {"seconds": seconds})
+    if is_current(path, identity):
+        return
+    areas = rank_maps(study.work / "held_out", held_out, study.scale)
+    save(path, {"identity": identity, "areas": areas, "seconds": seconds, "machine": machine()})
 
 
-def _rank(study: Study, seed: int) -> dict[str, Any]:
-    """ROC AUC of every map and of plain scores, by held-out subject."""
+def rank_maps(data: Path, maps: dict[str, Path], scale: Scale) -> dict[str, Any]:
+    """ROC AUC of every map and of plain scores, by subject.
+
+    Args:
+        data: the subjects.
+        maps: folders of residual maps, by the name of what is special about them.
+        scale: of the study; gives mask ratios and spacing.
+    """
     found: dict[str, dict[str, dict[str, float]]] = {}
-    voxel = study.scale.spacing**3
-    preprocessing = Preprocessing(engine.DataConfig())
-    for case in find_cases(study.work / "held_out", Report(), labels=True):
+    preprocessing = Preprocessing(protocol.DATA)
+    for case in find_cases(data, Report(), labels=True):
         sample = load_sample(case, preprocessing, labels=True)
         assert sample.label is not None
         image, label = sample.image[0].numpy(), sample.label[0].numpy() > 0
-        inside = image != 0  # air stays 0
         scores = dict(ranking.reference_scores(image))
-        for masking in ("random", "complementary"):
-            file: Any = nib.load(residual_path(study.maps(seed, masking, "held_out"), case))
-            for index, ratio in enumerate(study.scale.autoencoder.mask_ratios):
-                scores[f"{ratio:.0%} hidden, {masking}"] = np.asarray(file.dataobj)[..., index]
+        for name, folder in maps.items():
+            residual = load_sample(case, preprocessing, residuals=folder).residual
+            assert residual is not None
+            for index, ratio in enumerate(scale.autoencoder.mask_ratios):
+                scores[f"{ratio:.0%} hidden, {name}"] = residual[index].numpy()
         for name, score in scores.items():
-            areas = ranking.areas_under_curve(score, label, inside, voxel)
+            # Air stays 0 when an image is normalized.
+            areas = ranking.areas_under_curve(score, label, image != 0, scale.spacing**3)
             found.setdefault(name, {})[case.name] = areas
-    return {"areas": found, "machine": machine()}
+    return found
 
 
 def run_arm(study: Study, arm: str, seed: int) -> None:
     """Train an arm with a seed, segment the held-out subjects and measure the masks."""
     path, folder = study.run_path(arm, seed), study.run_folder(arm, seed)
-    scale, chosen = study.scale, ARMS[arm]
-    identity = protocol.identity(scale, chosen, seed)
+    chosen = ARMS[arm]
+    identity = protocol.identity(study.scale, chosen, seed)
     if is_current(path, identity):
         return
-    maps = None if chosen.masking is None else study.maps(seed, chosen.masking, "training")
+    maps = [
+        None if chosen.masking is None else study.maps(seed, chosen.masking, subjects)
+        for subjects in SETS
+    ]
+    data = [study.work / subjects for subjects in SETS]
+    config = protocol.training(study.scale, chosen, seed)
+    measured = train_and_measure(data, maps, config, folder, study.scale)
+    save(path, {"arm": arm, "seed": seed, "identity": identity, **measured})
+
+
+def train_and_measure(
+    data: Sequence[Path],
+    maps: Sequence[Path | None],
+    config: engine.TrainConfig,
+    folder: Path,
+    scale: Scale,
+) -> dict[str, Any]:
+    """Train on the first folder of ``data``, segment the second one and measure the masks.
+
+    Args:
+        data: subjects to train on and to measure.
+        maps: their residual maps.
+        config: of the training.
+        folder: gets model and masks.
+        scale: of the study; gives the settings of prediction.
+    """
     start = time.perf_counter()
-    model = engine.train(
-        study.work / "training", folder, protocol.training(scale, chosen, seed), maps
-    )
+    model = engine.train(data[0], folder, config, maps[0])
     trained = time.perf_counter()
-    masks = folder / "masks"
-    maps = None if chosen.masking is None else study.maps(seed, chosen.masking, "held_out")
-    settings = protocol.prediction(scale)
-    _expect_all(engine.predict(study.work / "held_out", model, masks, settings, residuals=maps))
+    masks, settings = folder / "masks", protocol.prediction(scale)
+    expect_all(engine.predict(data[1], model, masks, settings, residuals=maps[1]))
     predicted = time.perf_counter()
-    measured = engine.evaluate(masks, study.work / "held_out", folder)
+    measured = engine.evaluate(masks, data[1], folder)
     network = load_checkpoint(model, "GRCSF").model
-    save(
-        path,
-        {
-            "arm": arm,
-            "seed": seed,
-            "identity": identity,
-            "cases": measured["cases"],
-            "lesions": measured["lesions"],
-            "parameters": sum(weight.numel() for weight in network.parameters()),
-            "training_seconds": trained - start,
-            "prediction_seconds": (predicted - trained) / scale.held_out,
-            "resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "machine": machine(),
-        },
-    )
+    return {
+        "cases": measured["cases"],
+        "lesions": measured["lesions"],
+        "parameters": sum(weight.numel() for weight in network.parameters()),
+        "training_seconds": trained - start,
+        "prediction_seconds": (predicted - trained) / len(measured["cases"]),
+        "resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "machine": machine(),
+    }
 
 
 def is_current(path: Path, identity: dict[str, Any]) -> bool:
@@ -178,20 +196,7 @@ def is_current(path: Path, identity: dict[str, Any]) -> bool:
     return path.is_file() and json.loads(path.read_text())["identity"] == identity
 
 
-def _expect_all(report: engine.Report) -> None:
+def expect_all(report: engine.Report) -> None:
     if report.failed:
         path, reason = report.failed[0]
         raise engine.InputError(path, reason, "the study made this file: please report it")
-
-
-def call(function: Callable[..., None], *arguments: Any) -> None:
-    """In a fresh process: with the bars of the engine off, and the result's name at the end."""
-    from grcsf_kernels.engine.report import console
-
-    console.quiet = True
-    start = time.perf_counter()
-    function(*arguments)
-    text = " ".join(str(argument) for argument in arguments[1:])
-    taken = time.perf_counter() - start
-    sys.stdout.write(f"{function.__name__.replace('_', ' ')} {text}: {taken:.0f} s\n")
-    sys.stdout.flush()

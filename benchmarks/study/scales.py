@@ -18,7 +18,7 @@ SCALES = {
         batch=2,
         steps=800,
         learning_rate=3e-3,
-        rcu_levels=(1,),
+        rcu_levels=(0,),
         rcu_patch=4,
         reduction=4,
         autoencoder=engine.AutoencoderConfig(
@@ -30,9 +30,10 @@ SCALES = {
             decoder_dim=48,
             decoder_depth=2,
             decoder_heads=2,
+            normalized_target=False,
         ),
         autoencoder_crop=(80, 96, 80),  # the brain: an autoencoder knows where it is
-        autoencoder_steps=400,
+        autoencoder_steps=1200,
     ),
     "gpu": Scale(
         name="gpu",
@@ -45,11 +46,15 @@ SCALES = {
         batch=2,
         steps=1500,
         learning_rate=3e-3,
-        rcu_levels=(1,),
+        rcu_levels=(0,),
         rcu_patch=8,
         reduction=8,
         autoencoder=engine.AutoencoderConfig(
-            mask_ratios=MASK_RATIOS, patch_size=(16, 16, 16), embed_dim=384, depth=6
+            mask_ratios=MASK_RATIOS,
+            patch_size=(16, 16, 16),
+            embed_dim=384,
+            depth=6,
+            normalized_target=False,
         ),
         autoencoder_crop=(160, 192, 160),
         autoencoder_steps=3000,

@@ -95,6 +95,14 @@ class RCU(nn.Module):
         described = channels + num_maps * map_channels
         self.score_hidden = nn.Linear(described + (context_channels or 0), score_channels)
         self.score_output = nn.Linear(score_channels, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights: those of the linear layers as torch has them."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+        nn.init.constant_(self.map_weight, 1 / self.num_maps)
 
     def forward(
         self,

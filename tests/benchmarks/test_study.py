@@ -15,7 +15,7 @@ pytest.importorskip("nibabel", reason="needs the extra train")
 pytest.importorskip("nilearn", reason="needs the extra demo")
 
 from benchmarks.study import comparison, costs, pictures, protocol, ranking, report, runs
-from benchmarks.study.__main__ import run_all
+from benchmarks.study.pool import run_all
 from benchmarks.study.protocol import ARMS, Scale
 from benchmarks.study.scales import SCALES
 from grcsf_kernels import engine
@@ -167,12 +167,12 @@ def test_a_tiny_study_to_its_end_and_again(tmp_path: Path) -> None:
     kept, other = (study.run_path(arm, 0) for arm in ("backbone", "both-complementary"))
     before = kept.read_bytes()
     changed = json.loads(other.read_text())
-    changed["identity"]["subjects"][0] = 99
+    changed["identity"]["spacing"] = 99
     other.write_text(json.dumps(changed))
     for arm in ("backbone", "both-complementary"):
         runs.run_arm(study, arm, 0)
     assert kept.read_bytes() == before
-    assert json.loads(other.read_text())["identity"]["subjects"][0] == TINY.training
+    assert json.loads(other.read_text())["identity"]["spacing"] == TINY.spacing
 
 
 def test_a_piece_that_fails_is_named_and_stops_no_other(
@@ -185,7 +185,7 @@ def test_a_piece_that_fails_is_named_and_stops_no_other(
     (line,) = failed
     assert line.startswith("run_arm rcu 3: ")
     assert (study.work / "training" / "done.json").is_file()
-    assert "make subjects training" in capfd.readouterr().out
+    assert "make_subjects training" in capfd.readouterr().out
 
 
 def test_subjects_are_drawn(tmp_path: Path) -> None:

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.study.causes``: why a unit helps or does not, one cause at a time.
+
+On development subjects, which no table of the study's results uses. Three kinds of trials:
+
+* *maps*: how well residual maps rank lesions when one thing about their making is different.
+* *attention*: what an RCU makes of maps that are the lesions themselves. Whatever is missing to a
+  perfect segmentation there is not the maps' fault.
+* *network*: what it makes of real maps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from benchmarks import results
+from benchmarks.report import table
+from benchmarks.study import protocol, ranking, runs
+from benchmarks.study.pool import run_all, use_one_thread_each
+from benchmarks.study.protocol import Arm, Scale
+from benchmarks.study.runs import Study
+from benchmarks.study.scales import SCALES
+from grcsf_kernels import engine
+from grcsf_kernels.nn import RCU
+
+_SETS = ("development", "development_held_out")
+_LESS = 2  # as many steps where the lesions are the maps: they are learnt sooner
+
+
+def _autoencoder(**changes: Any) -> Callable[[engine.PretrainConfig], engine.PretrainConfig]:
+    return lambda config: dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **changes)
+    )
+
+
+def _third(config: engine.PretrainConfig) -> engine.PretrainConfig:
+    steps = config.optimization.steps_per_epoch // 3
+    optimization = dataclasses.replace(config.optimization, steps_per_epoch=steps)
+    return dataclasses.replace(config, optimization=optimization)
+
+
+def _half_patch(config: engine.PretrainConfig) -> engine.PretrainConfig:
+    """As many patches as before, each half as long."""
+
+    def half(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+        x, y, z = (size // 2 for size in sizes)
+        return x, y, z
+
+    changed = _autoencoder(patch_size=half(config.model.patch_size))(config)
+    return dataclasses.replace(changed, crop_size=half(config.crop_size))
+
+
+# Name: what is different in pretraining, the subjects, and the draws.
+MAPS: dict[str, tuple[Callable[[Any], Any], str, int]] = {
+    "as in the study": (lambda config: config, "development", protocol.DRAWS),
+    "16 draws": (lambda config: config, "development", 16),
+    "other target": (
+        lambda c: _autoencoder(normalized_target=not c.model.normalized_target)(c),
+        "development",
+        protocol.DRAWS,
+    ),
+    "a third of the steps": (_third, "development", protocol.DRAWS),
+    "healthy subjects": (lambda config: config, "development_healthy", protocol.DRAWS),
+    "patches half as long": (_half_patch, "development", protocol.DRAWS),
+}
+
+
+def _torch_init(unit: RCU) -> None:
+    """Every layer as torch initializes it."""
+    for layer in unit.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.reset_parameters()
+
+
+def _quiet_init(unit: RCU) -> None:
+    """The branch adds nothing at first."""
+    _torch_init(unit)
+    for output in unit.output:
+        torch.nn.init.zeros_(output.weight)
+        torch.nn.init.zeros_(output.bias)
+
+
+INITS: dict[str, Callable[[RCU], None]] = {
+    "default": RCU.reset_parameters,
+    "torch": _torch_init,
+    "zero output": _quiet_init,
+}
+# Name: initialization, decoder levels, edge of the patch.
+ATTENTION: dict[str, tuple[str, tuple[int, ...], int]] = {
+    "default": ("default", (0,), 4),
+    "torch's initialization": ("torch", (0,), 4),
+    "zero output": ("zero output", (0,), 4),
+    "level 1": ("default", (1,), 4),
+    "level 1, patches of 2": ("default", (1,), 2),
+    "levels 0, 1 and 2": ("default", (0, 1, 2), 4),
+    "patches of 8": ("default", (0,), 8),
+}
+NETWORK = {name: ATTENTION[name] for name in ("default", "torch's initialization", "level 1")}
+
+
+@contextmanager
+def initialized(name: str) -> Iterator[None]:
+    """RCUs that are made inside have that initialization."""
+    kept = RCU.reset_parameters
+    RCU.reset_parameters = INITS[name]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RCU.reset_parameters = kept  # type: ignore[method-assign]
+
+
+def _path(study: Study, kind: str, name: str) -> Path:
+    return study.out / "causes" / f"{kind}-{name.replace(' ', '-')}.json"
+
+
+def _finish(study: Study, kind: str, name: str, content: dict[str, Any]) -> None:
+    runs.save(
+        _path(study, kind, name),
+        {"kind": kind, "name": name, **content, "machine": runs.machine()},
+    )
+
+
+def try_maps(study: Study, name: str) -> None:
+    """AUC on development subjects with one thing different."""
+    if _path(study, "maps", name).is_file():
+        return
+    change, data, draws = MAPS[name]
+    config = change(protocol.pretraining(study.scale, 0))
+    key = name.replace(" ", "-") if draws == protocol.DRAWS else "as-in-the-study"
+    paths = engine.pretrain(study.work / data, study.work / "causes" / key, config)
+    folders = {}
+    for masking in protocol.MASKINGS:
+        settings = dataclasses.replace(protocol.residuals(masking, 0), draws=draws)
+        folders[masking] = study.work / "causes" / f"{key}-{masking}-{draws}" / _SETS[1]
+        runs.expect_all(
+            engine.cache_residuals(study.work / _SETS[1], paths, folders[masking], settings)
+        )
+    areas = runs.rank_maps(study.work / _SETS[1], folders, study.scale)
+    _finish(study, "maps", name, {"areas": areas})
+
+
+def _lesions_as_maps(study: Study, subjects: str) -> Path:
+    """A folder of residual maps that are the labels, as if they came from real ones."""
+    real = study.work / "causes" / "as-in-the-study-random-4" / subjects
+    folder = study.work / "causes" / "lesions" / subjects
+    if folder.is_dir():
+        return folder
+    temporary = folder.with_name(f".{subjects}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shutil.copy(real / "residuals.json", temporary)
+    for path in real.glob("*_residual.nii.gz"):
+        label: Any = nib.load(study.work / subjects / path.name.replace("_residual", "_label"))
+        lesion = (np.asarray(label.dataobj) > 0).astype(np.float32)
+        maps = np.repeat(lesion[..., None], len(protocol.MASK_RATIOS), axis=-1)
+        nib.save(nib.Nifti1Image(maps, label.affine), temporary / path.name)
+    temporary.rename(folder)
+    return folder
+
+
+def prepare_maps(study: Study) -> None:
+    """Real maps of both development sets, and the lesions as maps."""
+    config = protocol.pretraining(study.scale, 0)
+    folder = study.work / "causes" / "as-in-the-study"
+    paths = engine.pretrain(study.work / _SETS[0], folder, config)
+    for subjects in _SETS:
+        target = study.work / "causes" / "as-in-the-study-random-4" / subjects
+        settings = protocol.residuals("random", 0)
+        runs.expect_all(engine.cache_residuals(study.work / subjects, paths, target, settings))
+        _lesions_as_maps(study, subjects)
+
+
+def try_network(study: Study, kind: str, name: str, seed: int) -> None:
+    """Train with one thing different and measure development subjects."""
+    title = f"{name} {seed}"
+    if _path(study, kind, title).is_file():
+        return
+    scale = study.scale
+    init, levels, patch = {"attention": ATTENTION, "network": NETWORK}[kind][name]
+    source = "lesions" if kind == "attention" else "as-in-the-study-random-4"
+    steps = scale.steps // _LESS if kind == "attention" else scale.steps
+    scale = dataclasses.replace(scale, rcu_levels=levels, rcu_patch=patch, steps=steps)
+    config = protocol.training(scale, Arm(name, masking="random"), seed)
+    data = [study.work / subjects for subjects in _SETS]
+    maps = [study.work / "causes" / source / subjects for subjects in _SETS]
+    folder = study.work / "causes" / f"{kind}-{title.replace(' ', '-')}"
+    with initialized(init):
+        measured = runs.train_and_measure(data, maps, config, folder, scale)
+    _finish(study, kind, title, {"variant": name, "seed": seed, **measured})
+
+
+def tables(out: Path) -> list[str]:
+    """The trials that there are, as Markdown."""
+    found = [json.loads(path.read_text()) for path in sorted((out / "causes").glob("*.json"))]
+    maps = {entry["name"]: entry for entry in found if entry["kind"] == "maps"}
+    parts = []
+    if maps:
+        lines = []
+        for name in (name for name in MAPS if name in maps):
+            for score, cases in maps[name]["areas"].items():
+                plain = "hidden" not in score
+                if plain and name != next(iter(MAPS)):
+                    continue  # darkness and edges are the same in every trial
+                summary = ranking.summarize(list(cases.values()))
+                areas = (f"{summary[key]['mean']:.3f}" for key in summary)
+                lines.append(["" if plain else name, score, *areas])
+        head = ["trial", "score", *(key for key in summary)]
+        parts += ["### Maps: ROC AUC", table(head, lines)]
+    for kind, variants, title in (
+        ("attention", ATTENTION, "### Attention to the lesions themselves: Dice"),
+        ("network", NETWORK, "### Attention to residual maps: Dice"),
+    ):
+        lines = []
+        for name in variants:
+            scores = {
+                entry["seed"]: float(np.mean([c["dice"] for c in entry["cases"].values()]))
+                for entry in found
+                if entry["kind"] == kind and entry["variant"] == name
+            }
+            if scores:
+                seeds = " ".join(f"{scores[seed]:.3f}" for seed in sorted(scores))
+                lines.append([name, f"{np.mean(list(scores.values())):.3f}", seeds])
+        if lines:
+            parts += [title, table(["trial", "mean", "by seed"], lines)]
+    return parts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the trials that are missing; the exit status is 1 where one failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study.causes", description=__doc__)
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/study-<scale>")
+    parser.add_argument("--work", type=Path, help="default: build/study/<scale>")
+    parser.add_argument("--kinds", nargs="+", default=["maps", "attention", "network"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--jobs", type=int, help="processes at once; default: cores, 1 on a GPU")
+    options = parser.parse_args(arguments)
+    jobs = use_one_thread_each(options.jobs)
+    scale: Scale = SCALES[options.scale]
+    study = Study(
+        scale,
+        (options.work or Path("build/study") / scale.name).resolve(),
+        (options.out or results.FOLDER / f"study-{scale.name}").resolve(),
+    )
+    names = (*_SETS, "development_healthy")
+    failed = run_all([(runs.make_subjects, (study, name)) for name in names], jobs)
+    failed += run_all([(prepare_maps, (study,))], 1)
+    jobs_of: list[Any] = []
+    if "maps" in options.kinds:
+        jobs_of += [(try_maps, (study, name)) for name in MAPS]
+    for kind, variants in (("attention", ATTENTION), ("network", NETWORK)):
+        if kind in options.kinds:
+            jobs_of += [
+                (try_network, (study, kind, name, seed))
+                for seed in options.seeds
+                for name in variants
+            ]
+    failed += run_all(jobs_of, jobs)
+    for problem in failed:
+        sys.stderr.write(f"failed: {problem}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
