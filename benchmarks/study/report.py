@@ -22,6 +22,7 @@ PAIRS = (
     ("both-complementary", "both"),
     ("gcu-similarity", "gcu"),
 )
+_SHOWN = "both"  # whose masks are shown
 _TITLES = {
     "dice": "Dice",
     "lesion_f1": "lesion F1",
@@ -70,9 +71,16 @@ def write(study: Study) -> None:
     if (out / "difficulty.json").is_file():
         rated = json.loads((out / "difficulty.json").read_text())
         parts += ["## What intensities alone can do", difficulty_table(rated)]
+        if not (out / "subjects.png").is_file():
+            pictures.draw_subjects(out / "subjects.png", study.scale.spacing)
+        parts += ["![Subjects of both presets, with and without outlines](subjects.png)"]
     costs = load_costs(out)
     if costs:
         parts += ["## Costs", costs_table(costs, found)]
+    if (study.run_folder(_SHOWN, 0) / "masks").is_dir() and 0 in found.get(_SHOWN, {}):
+        pictures.draw_cases(study, _SHOWN, 0, out / "cases.png")
+    if (out / "cases.png").is_file():
+        parts += ["## The best, a typical and the worst subject", "![Cases](cases.png)"]
     trials = causes.tables(out)
     if trials:
         parts += ["## Causes, on development subjects", *trials]
