@@ -38,15 +38,22 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     failed = run_all([(runs.make_subjects, (study, name)) for name in runs.SETS], jobs)
+    arms = [(seed, arm) for seed in options.seeds for arm in options.arms]
+    needing = [pair for pair in arms if ARMS[pair[1]].masking is not None]
     stages: list[list[Job]] = [
         [
-            *((runs.make_maps, (study, seed)) for seed in options.seeds),
+            *((runs.make_maps, (study, seed)) for seed in options.seeds if needing),
+            *(
+                (runs.run_arm, (study, arm, seed))
+                for seed, arm in arms
+                if (seed, arm) not in needing
+            ),
             (runs.rate_difficulty, (study,)),
         ],
-        [(runs.run_arm, (study, arm, seed)) for seed in options.seeds for arm in options.arms],
+        [(runs.run_arm, (study, arm, seed)) for seed, arm in needing],
     ]
     for stage in stages:
-        # A map that is missing fails the arms that need it, and no other.
+        # Maps that are missing fail the arms that need them, and no other.
         failed += run_all(stage, jobs)
     failed += run_all([(costs.measure_costs, (study, arm)) for arm in options.arms], 1)
     report.write(study)
