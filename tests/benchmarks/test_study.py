@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("nibabel", reason="needs the extra train")
 pytest.importorskip("nilearn", reason="needs the extra demo")
 
-from benchmarks.study import comparison, costs, pictures, protocol, ranking, report, runs
+from benchmarks.study import causes, comparison, costs, pictures, protocol, ranking, report, runs
 from benchmarks.study.pool import run_all
 from benchmarks.study.protocol import ARMS, Scale
 from benchmarks.study.scales import SCALES
 from grcsf_kernels import engine
+from grcsf_kernels.nn import RCU
 
 TINY = Scale(
     name="tiny",
@@ -191,3 +193,48 @@ def test_a_piece_that_fails_is_named_and_stops_no_other(
 def test_subjects_are_drawn(tmp_path: Path) -> None:
     pictures.draw_subjects(tmp_path / "subjects.png", 8.0, count=2)
     assert (tmp_path / "subjects.png").stat().st_size > 10_000
+
+
+def test_trials_of_causes(tmp_path: Path) -> None:
+    import nibabel as nib
+
+    study = runs.Study(
+        dataclasses.replace(TINY, development=2), tmp_path / "work", tmp_path / "out"
+    )
+    for name in ("development", "development_held_out", "development_healthy"):
+        runs.make_subjects(study, name)
+    causes.prepare_maps(study)
+    for name in ("as in the study", "16 draws", "healthy subjects", "patches half as long"):
+        causes.try_maps(study, name)
+    before = RCU.reset_parameters
+    for kind, name in (("attention", "zero output"), ("network", "default")):
+        causes.try_network(study, kind, name, 0)
+    assert RCU.reset_parameters is before
+    maps, attention, network = causes.tables(study.out)[1::2]
+    assert maps.count("50% hidden, random") == 4
+    assert maps.count("darkness") == 1
+    assert "| zero output |" in attention
+    assert "| default |" in network
+
+    # The maps of the attention trials are the lesions themselves.
+    folder = study.work / "causes" / "lesions" / "development"
+    found = np.asarray(nib.load(folder / "subject001_residual.nii.gz").dataobj)
+    label = np.asarray(nib.load(study.work / "development" / "subject001_label.nii.gz").dataobj)
+    np.testing.assert_array_equal(found, np.repeat(label[..., None], 2, axis=-1))
+
+
+def test_initializations_are_what_they_are_called() -> None:
+    with causes.initialized("zero output"):
+        unit = RCU(4, patch_size=2)
+    x = torch.randn(1, 4, 4, 4, 4)
+    torch.testing.assert_close(unit(x, torch.rand(1, 2, 4, 4, 4)), x)
+    fresh, spoilt = RCU(4, patch_size=2), RCU(4, patch_size=2)
+    with torch.no_grad():
+        for weight in spoilt.parameters():
+            weight.zero_()
+    for unit in (fresh, spoilt):
+        torch.manual_seed(7)
+        unit.reset_parameters()
+    for one, other in zip(fresh.parameters(), spoilt.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert one.abs().sum() > 0
