@@ -77,52 +77,83 @@ MAPS: dict[str, tuple[Callable[[Any], Any], str, int]] = {
 }
 
 
-def _torch_init(unit: RCU) -> None:
-    """Every layer as torch initializes it."""
-    for layer in unit.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.reset_parameters()
-
-
 def _quiet_init(unit: RCU) -> None:
     """The branch adds nothing at first."""
-    _torch_init(unit)
+    _KEPT(unit)
     for output in unit.output:
         torch.nn.init.zeros_(output.weight)
         torch.nn.init.zeros_(output.bias)
 
 
+def _loud_init(unit: RCU) -> None:
+    """Attention that tells voxels of a patch apart at once, and a branch that adds more at first.
+
+    Keys and queries as they are make the softmax of maps in [0, 1] nearly uniform.
+    """
+    _KEPT(unit)
+    with torch.no_grad():
+        for key, value, output in zip(unit.key, unit.value, unit.output, strict=True):
+            key.weight.mul_(10)
+            value.weight.mul_(3)
+            value.bias.zero_()
+            output.bias.zero_()
+
+
+_KEPT = RCU.reset_parameters
 INITS: dict[str, Callable[[RCU], None]] = {
-    "default": RCU.reset_parameters,
-    "torch": _torch_init,
+    "default": _KEPT,
     "zero output": _quiet_init,
+    "keys x 10, values x 3": _loud_init,
 }
-# Name: initialization, decoder levels, edge of the patch.
-ATTENTION: dict[str, tuple[str, tuple[int, ...], int]] = {
-    "default": ("default", (0,), 4),
-    "torch's initialization": ("torch", (0,), 4),
-    "zero output": ("zero output", (0,), 4),
-    "level 1": ("default", (1,), 4),
-    "level 1, patches of 2": ("default", (1,), 2),
-    "levels 0, 1 and 2": ("default", (0, 1, 2), 4),
-    "patches of 8": ("default", (0,), 8),
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One thing that is different in the network.
+
+    Attributes:
+        init: of the RCUs.
+        levels: of the decoder, with an RCU.
+        patch: edge of the RCU's patches, voxels of their level.
+        channels: no RCU: the maps are further channels of the image.
+    """
+
+    init: str = "default"
+    levels: tuple[int, ...] = (0,)
+    patch: int = 4
+    channels: bool = False
+
+
+ATTENTION = {
+    "default": Trial(),
+    **{name: Trial(init=name) for name in INITS if name != "default"},
+    "level 1": Trial(levels=(1,)),
+    "level 1, patches of 2": Trial(levels=(1,), patch=2),
+    "levels 0, 1 and 2": Trial(levels=(0, 1, 2)),
+    "patches of 8": Trial(patch=8),
+    "patches of 2": Trial(patch=2),
 }
-NETWORK = {name: ATTENTION[name] for name in ("default", "torch's initialization", "level 1")}
+NETWORK = {
+    "default": Trial(),
+    "keys x 10, values x 3": Trial(init="keys x 10, values x 3"),
+    "level 1": Trial(levels=(1,)),
+    "patches of 8": Trial(patch=8),
+    "maps as channels of the image": Trial(channels=True),
+}
 
 
 @contextmanager
 def initialized(name: str) -> Iterator[None]:
     """RCUs that are made inside have that initialization."""
-    kept = RCU.reset_parameters
     RCU.reset_parameters = INITS[name]  # type: ignore[method-assign]
     try:
         yield
     finally:
-        RCU.reset_parameters = kept  # type: ignore[method-assign]
+        RCU.reset_parameters = _KEPT  # type: ignore[method-assign]
 
 
 def _path(study: Study, kind: str, name: str) -> Path:
-    return study.out / "causes" / f"{kind}-{name.replace(' ', '-')}.json"
+    return study.out / "causes" / f"{kind}-{name.replace(' ', '-').replace(',', '')}.json"
 
 
 def _finish(study: Study, kind: str, name: str, content: dict[str, Any]) -> None:
@@ -182,21 +213,54 @@ def prepare_maps(study: Study) -> None:
         _lesions_as_maps(study, subjects)
 
 
+def _with_channels(data: Path, maps: Path, folder: Path) -> Path:
+    """The subjects of ``data`` with their maps as further channels: nnU-Net's raw layout."""
+    names = ["T1", *(f"map {ratio:.0%}" for ratio in protocol.MASK_RATIOS)]
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for path in sorted(maps.glob("*_residual.nii.gz")):
+        case = path.name.removesuffix("_residual.nii.gz")
+        residual: Any = nib.load(path)
+        for index in range(residual.shape[-1]):
+            image = nib.Nifti1Image(residual.dataobj[..., index], residual.affine)
+            nib.save(image, folder / "imagesTr" / f"{case}_{index + 1:04d}.nii.gz")
+        shutil.copy(data / f"{case}_image.nii.gz", folder / "imagesTr" / f"{case}_0000.nii.gz")
+        shutil.copy(data / f"{case}_label.nii.gz", folder / "labelsTr" / f"{case}.nii.gz")
+    runs.save(
+        folder / "dataset.json",
+        {
+            "channel_names": {str(index): name for index, name in enumerate(names)},
+            "labels": {"background": 0, "lesion": 1},
+            "numTraining": len(list(folder.glob("labelsTr/*"))),
+            "file_ending": ".nii.gz",
+        },
+    )
+    return folder
+
+
 def try_network(study: Study, kind: str, name: str, seed: int) -> None:
     """Train with one thing different and measure development subjects."""
     title = f"{name} {seed}"
     if _path(study, kind, title).is_file():
         return
     scale = study.scale
-    init, levels, patch = {"attention": ATTENTION, "network": NETWORK}[kind][name]
+    trial = {"attention": ATTENTION, "network": NETWORK}[kind][name]
     source = "lesions" if kind == "attention" else "as-in-the-study-random-4"
     steps = scale.steps // _LESS if kind == "attention" else scale.steps
-    scale = dataclasses.replace(scale, rcu_levels=levels, rcu_patch=patch, steps=steps)
-    config = protocol.training(scale, Arm(name, masking="random"), seed)
+    scale = dataclasses.replace(scale, rcu_levels=trial.levels, rcu_patch=trial.patch, steps=steps)
     data = [study.work / subjects for subjects in _SETS]
-    maps = [study.work / "causes" / source / subjects for subjects in _SETS]
+    maps: list[Path | None] = [study.work / "causes" / source / subjects for subjects in _SETS]
     folder = study.work / "causes" / f"{kind}-{title.replace(' ', '-')}"
-    with initialized(init):
+    arm = Arm(name, masking=None if trial.channels else "random")
+    if trial.channels:
+        data = [
+            _with_channels(images, residuals, folder / images.name)
+            for images, residuals in zip(data, maps, strict=True)
+            if residuals is not None
+        ]
+        maps = [None, None]
+    config = protocol.training(scale, arm, seed)
+    with initialized(trial.init):
         measured = runs.train_and_measure(data, maps, config, folder, scale)
     _finish(study, kind, title, {"variant": name, "seed": seed, **measured})
 

@@ -219,7 +219,13 @@ def costs_table(costs: dict[str, dict[str, Any]], found: comparison.Runs) -> str
             ]
 
     return table(
-        ["arm", "parameters", "training step (quartiles)", "its memory", "prediction a subject"],
+        [
+            "arm",
+            "parameters",
+            "training step (quartiles)",
+            "its memory",
+            "prediction a subject, other runs beside it",
+        ],
         lines(),
     )
 

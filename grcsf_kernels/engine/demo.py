@@ -254,7 +254,7 @@ def _settings(
     )
     segmentation = engine.TrainConfig(
         model=engine.ModelConfig(
-            channels=(8, 16, 32, 64), rcu_levels=(2,), patch_size=(4, 4, 4), reduction=4
+            channels=(8, 16, 32, 64), rcu_levels=(0,), patch_size=(4, 4, 4), reduction=4
         ),
         optimization=optimization(budget.training_steps, 4, 1e-2),
         crop_size=crop(32),

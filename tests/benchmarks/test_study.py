@@ -207,7 +207,11 @@ def test_trials_of_causes(tmp_path: Path) -> None:
     for name in ("as in the study", "16 draws", "healthy subjects", "patches half as long"):
         causes.try_maps(study, name)
     before = RCU.reset_parameters
-    for kind, name in (("attention", "zero output"), ("network", "default")):
+    for kind, name in (
+        ("attention", "zero output"),
+        ("network", "default"),
+        ("network", "maps as channels of the image"),
+    ):
         causes.try_network(study, kind, name, 0)
     assert RCU.reset_parameters is before
     maps, attention, network = causes.tables(study.out)[1::2]
@@ -215,6 +219,7 @@ def test_trials_of_causes(tmp_path: Path) -> None:
     assert maps.count("darkness") == 1
     assert "| zero output |" in attention
     assert "| default |" in network
+    assert "| maps as channels of the image |" in network
 
     # The maps of the attention trials are the lesions themselves.
     folder = study.work / "causes" / "lesions" / "development"
