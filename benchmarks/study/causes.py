@@ -51,6 +51,12 @@ def _third(config: engine.PretrainConfig) -> engine.PretrainConfig:
     return dataclasses.replace(config, optimization=optimization)
 
 
+def _twice_patch(config: engine.PretrainConfig) -> engine.PretrainConfig:
+    """An eighth of the patches in the same crop."""
+    x, y, z = (2 * size for size in config.model.patch_size)
+    return _autoencoder(patch_size=(x, y, z))(config)
+
+
 def _half_patch(config: engine.PretrainConfig) -> engine.PretrainConfig:
     """As many patches as before, each half as long."""
 
@@ -73,6 +79,7 @@ MAPS: dict[str, tuple[Callable[[Any], Any], str, int]] = {
     ),
     "a third of the steps": (_third, "development", protocol.DRAWS),
     "healthy subjects": (lambda config: config, "development_healthy", protocol.DRAWS),
+    "patches twice as long": (_twice_patch, "development", protocol.DRAWS),
     "patches half as long": (_half_patch, "development", protocol.DRAWS),
 }
 
