@@ -77,7 +77,7 @@ def draw_sizes(described: dict[str, dict[str, Any]], path: Path) -> None:
     axis.set_xticks(range(len(names)), [f"{name} mm³" for name in names])
     axis.set_ylabel("share of lesions found")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower center")
     _save(figure, path)
 
 
@@ -100,7 +100,7 @@ def draw_ranking(areas: dict[str, dict[str, dict[str, Any]]], path: Path) -> Non
     axis.set_xticks(range(len(names)), [n if n == "all" else f"{n} mm³" for n in names])
     axis.set_ylabel("ROC AUC")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, ncols=2)
+    figure.legend(fontsize=8, frameon=False, ncols=3, loc="outside lower center")
     _save(figure, path)
 
 
