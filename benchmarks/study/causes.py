@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks.study.causes``: why a unit helps or does not, one cause at a time.
 
-On development subjects, which no table of the study's results uses. Three kinds of trials:
+On development subjects, which no table of the study's results uses. Four kinds of trials:
 
 * *maps*: how well residual maps rank lesions when one thing about their making is different.
+* *information*: what plain models of the voxels gain from the maps, beyond the image.
 * *attention*: what an RCU makes of maps that are the lesions themselves. Whatever is missing to a
   perfect segmentation there is not the maps' fault.
 * *network*: what it makes of real maps.
@@ -28,6 +29,8 @@ import torch
 from benchmarks import results
 from benchmarks.report import table
 from benchmarks.study import protocol, ranking, runs
+from benchmarks.study.comparison import with_interval
+from benchmarks.study.difficulty import measure_difficulty
 from benchmarks.study.pool import run_all, use_one_thread_each
 from benchmarks.study.protocol import Arm, Scale
 from benchmarks.study.runs import Study
@@ -35,6 +38,7 @@ from benchmarks.study.scales import SCALES
 from grcsf_kernels import engine
 from grcsf_kernels.nn import RCU
 
+KINDS = ("maps", "information", "attention", "network")
 _SETS = ("development", "development_held_out")
 _LESS = 2  # as many steps where the lesions are the maps: they are learnt sooner
 
@@ -220,6 +224,18 @@ def prepare_maps(study: Study) -> None:
         _lesions_as_maps(study, subjects)
 
 
+def try_information(study: Study) -> None:
+    """Dice of plain models with and without the maps."""
+    if _path(study, "information", "trees").is_file():
+        return
+    data = [study.work / subjects for subjects in _SETS]
+    first, second = (
+        study.work / "causes" / "as-in-the-study-random-4" / subjects for subjects in _SETS
+    )
+    measured = measure_difficulty(*data, (first, second))
+    _finish(study, "information", "trees", {"models": measured})
+
+
 def _with_channels(data: Path, maps: Path, folder: Path) -> Path:
     """The subjects of ``data`` with their maps as further channels: nnU-Net's raw layout."""
     names = ["T1", *(f"map {ratio:.0%}" for ratio in protocol.MASK_RATIOS)]
@@ -272,6 +288,9 @@ def try_network(study: Study, kind: str, name: str, seed: int) -> None:
     _finish(study, kind, title, {"variant": name, "seed": seed, **measured})
 
 
+_HEAD = ["model of the voxels", "Dice", "lesion F1"]
+
+
 def tables(out: Path) -> list[str]:
     """The trials that there are, as Markdown."""
     found = [json.loads(path.read_text()) for path in sorted((out / "causes").glob("*.json"))]
@@ -289,6 +308,13 @@ def tables(out: Path) -> list[str]:
                 lines.append(["" if plain else name, score, *areas])
         head = ["trial", "score", *(key for key in summary)]
         parts += ["### Maps: ROC AUC", table(head, lines)]
+    for entry in found:
+        if entry["kind"] == "information":
+            lines = [
+                [name, *(with_interval(row[measure]) for measure in ("dice", "lesion_f1"))]
+                for name, row in entry["models"].items()
+            ]
+            parts += ["### What maps know beyond the image", table(_HEAD, lines)]
     for kind, variants, title in (
         ("attention", ATTENTION, "### Attention to the lesions themselves: Dice"),
         ("network", NETWORK, "### Attention to residual maps: Dice"),
@@ -314,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/study-<scale>")
     parser.add_argument("--work", type=Path, help="default: build/study/<scale>")
-    parser.add_argument("--kinds", nargs="+", default=["maps", "attention", "network"])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--jobs", type=int, help="processes at once; default: cores, 1 on a GPU")
     options = parser.parse_args(arguments)
@@ -331,6 +357,8 @@ def main(arguments: list[str] | None = None) -> int:
     jobs_of: list[Any] = []
     if "maps" in options.kinds:
         jobs_of += [(try_maps, (study, name)) for name in MAPS]
+    if "information" in options.kinds:
+        jobs_of += [(try_information, (study,))]
     for kind, variants in (("attention", ATTENTION), ("network", NETWORK)):
         if kind in options.kinds:
             jobs_of += [

@@ -156,3 +156,14 @@ def _summary(values: list[float], statistic: Callable[..., Any] = np.mean) -> di
         "mean": float(statistic(values)),
         "interval": None if bounds is None else list(bounds),
     }
+
+
+def with_interval(row: dict[str, Any], *, signed: bool = False) -> str:
+    """A mean and its interval as text."""
+    sign = "+" if signed else ""
+    digits = 1 if abs(row["mean"]) >= 10 else 3
+    text = f"{row['mean']:{sign}.{digits}f}"
+    if row["interval"]:
+        low, high = row["interval"]
+        text += f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return text

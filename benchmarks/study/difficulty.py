@@ -21,10 +21,13 @@ _SCALES = (1.0, 2.0, 4.0)  # voxels, of the neighbourhoods whose mean a model se
 _VOXELS = 4000  # of each kind that a model learns from, in every subject
 _LEVELS = np.linspace(0.02, 0.98, 49)
 
-Case = tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]
+# Image, lesions, brain, and the residual maps [K, X, Y, Z] where they are asked for.
+Case = tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float32] | None]
 
 
-def measure_difficulty(training: Path, held_out: Path) -> dict[str, Any]:
+def measure_difficulty(
+    training: Path, held_out: Path, maps: tuple[Path, Path] | None = None
+) -> dict[str, Any]:
     """Mean Dice and lesion F1 of plain models on held-out subjects.
 
     * ``threshold``: darker than a value of the normalized image, the best one of the training
@@ -32,22 +35,29 @@ def measure_difficulty(training: Path, held_out: Path) -> dict[str, Any]:
     * ``intensity``: the share of lesion voxels at each intensity, by boosted trees.
     * ``neighbourhood``: the same with the means of the neighbourhood at three scales, and the place
       in the head.
+    * ``neighbourhood and maps``, with ``maps``: the same with the residual maps and their means of
+      the neighbourhood. What it gains is what the maps know beyond the image.
 
     Args:
         training: folder of subjects that the models are fitted on.
         held_out: folder of subjects that are measured.
+        maps: the residual maps of both.
 
     Returns:
         By model, ``dice`` and ``lesion_f1`` with their means and intervals over subjects.
     """
-    learn, measured = _read(training), _read(held_out)
+    learn = _read(training, maps and maps[0])
+    measured = _read(held_out, maps and maps[1])
     levels = np.linspace(-3, 1.5, 46)
     found = {"threshold": _scores(lambda case: -case[0], -levels, learn, measured)}
-    for name, features in (("intensity", _intensity), ("neighbourhood", _neighbourhood)):
+    models = {"intensity": _intensity, "neighbourhood": _neighbourhood}
+    if maps:
+        models["neighbourhood and maps"] = _with_maps
+    for name, features in models.items():
         model = _fit(features, learn)
 
         def probability(case: Case, features: Any = features, model: Any = model) -> Any:
-            image, _, inside = case
+            image, _, inside, _ = case
             score = np.zeros(image.shape, np.float32)
             score[inside] = model.predict_proba(features(case)[inside])[:, 1]
             return score
@@ -56,14 +66,15 @@ def measure_difficulty(training: Path, held_out: Path) -> dict[str, Any]:
     return found
 
 
-def _read(folder: Path) -> list[Case]:
+def _read(folder: Path, maps: Path | None) -> list[Case]:
     preprocessing = Preprocessing(protocol.DATA)
     cases = []
     for case in find_cases(folder, Report(), labels=True):
-        sample = load_sample(case, preprocessing, labels=True)
+        sample = load_sample(case, preprocessing, labels=True, residuals=maps)
         assert sample.label is not None
         image = sample.image[0].numpy()
-        cases.append((image, sample.label[0].numpy() > 0, image != 0))
+        residual = None if sample.residual is None else sample.residual.numpy()
+        cases.append((image, sample.label[0].numpy() > 0, image != 0, residual))
     return cases
 
 
@@ -78,6 +89,12 @@ def _neighbourhood(case: Case) -> NDArray[np.float32]:
     # Left and right are alike.
     places[0] = np.abs(places[0] - image.shape[0] / 2)
     return np.stack([image, *means, *places], axis=-1)
+
+
+def _with_maps(case: Case) -> NDArray[np.float32]:
+    assert case[3] is not None
+    means = [ndimage.gaussian_filter(one, sigma) for one in case[3] for sigma in _SCALES]
+    return np.concatenate([_neighbourhood(case), np.stack([*case[3], *means], axis=-1)], axis=-1)
 
 
 def _fit(features: Any, cases: list[Case]) -> HistGradientBoostingClassifier:

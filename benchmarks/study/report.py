@@ -99,7 +99,7 @@ def arms_table(described: dict[str, dict[str, Any]]) -> str:
     return table(
         ["arm", *_TITLES.values()],
         (
-            [ARMS[arm].title, *(_with_interval(row[measure]) for measure in _TITLES)]
+            [ARMS[arm].title, *(comparison.with_interval(row[measure]) for measure in _TITLES)]
             for arm, row in described.items()
         ),
     )
@@ -109,7 +109,7 @@ def differences_table(compared: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Every pair of arms with its differences; those that are clear in bold."""
 
     def cell(row: dict[str, Any]) -> str:
-        text = _with_interval(row, signed=True)
+        text = comparison.with_interval(row, signed=True)
         return f"**{text}**" if row["clear"] else text
 
     def seeds(row: dict[str, Any]) -> str:
@@ -147,7 +147,7 @@ def sizes_table(described: dict[str, dict[str, Any]]) -> str:
             [
                 ARMS[arm].title,
                 *(
-                    _with_interval(row["found"][name]) if name in row["found"] else ""
+                    comparison.with_interval(row["found"][name]) if name in row["found"] else ""
                     for name in names
                 ),
             ]
@@ -179,7 +179,7 @@ def ranking_table(areas: dict[str, dict[str, dict[str, Any]]]) -> str:
     return table(
         ["score", *names],
         (
-            [score, *(_with_interval(classes[n]) if n in classes else "" for n in names)]
+            [score, *(comparison.with_interval(classes[n]) if n in classes else "" for n in names)]
             for score, classes in areas.items()
         ),
     )
@@ -190,7 +190,11 @@ def difficulty_table(rated: dict[str, dict[str, dict[str, Any]]]) -> str:
     return table(
         ["model", "Dice", "lesion F1"],
         (
-            [name, _with_interval(row["dice"]), _with_interval(row["lesion_f1"])]
+            [
+                name,
+                comparison.with_interval(row["dice"]),
+                comparison.with_interval(row["lesion_f1"]),
+            ]
             for name, row in rated.items()
         ),
     )
@@ -228,13 +232,3 @@ def costs_table(costs: dict[str, dict[str, Any]], found: comparison.Runs) -> str
         ],
         lines(),
     )
-
-
-def _with_interval(row: dict[str, Any], *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    digits = 1 if abs(row["mean"]) >= 10 else 3
-    text = f"{row['mean']:{sign}.{digits}f}"
-    if row["interval"]:
-        low, high = row["interval"]
-        text += f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-    return text

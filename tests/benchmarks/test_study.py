@@ -206,6 +206,7 @@ def test_trials_of_causes(tmp_path: Path) -> None:
     causes.prepare_maps(study)
     for name in ("as in the study", "16 draws", "healthy subjects", "patches half as long"):
         causes.try_maps(study, name)
+    causes.try_information(study)
     before = RCU.reset_parameters
     for kind, name in (
         ("attention", "zero output"),
@@ -214,7 +215,9 @@ def test_trials_of_causes(tmp_path: Path) -> None:
     ):
         causes.try_network(study, kind, name, 0)
     assert RCU.reset_parameters is before
-    maps, attention, network = causes.tables(study.out)[1::2]
+    parts = causes.tables(study.out)
+    maps, information, attention, network = parts[1::2]
+    assert "| neighbourhood and maps |" in information
     assert maps.count("50% hidden, random") == 4
     assert maps.count("darkness") == 1
     assert "| zero output |" in attention
