@@ -12,11 +12,9 @@ On development subjects, which no table of the study's results uses. Four kinds 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,19 +24,18 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from benchmarks import results
 from benchmarks.report import table
 from benchmarks.study import protocol, ranking, runs
 from benchmarks.study.comparison import with_interval
 from benchmarks.study.difficulty import measure_difficulty
-from benchmarks.study.pool import run_all, use_one_thread_each
-from benchmarks.study.protocol import Arm, Scale
+from benchmarks.study.pool import exit_status, make_parser, opened, run_all
+from benchmarks.study.protocol import Arm
 from benchmarks.study.runs import Study
-from benchmarks.study.scales import SCALES
 from grcsf_kernels import engine
 from grcsf_kernels.nn import RCU
 
 KINDS = ("maps", "information", "attention", "network")
+_AS_IS = "as-in-the-study"  # key of autoencoders and maps that are those of the study
 _SETS = ("development", "development_held_out")
 _LESS = 2  # as many steps where the lesions are the maps: they are learnt sooner
 
@@ -180,12 +177,12 @@ def try_maps(study: Study, name: str) -> None:
         return
     change, data, draws = MAPS[name]
     config = change(protocol.pretraining(study.scale, 0))
-    key = name.replace(" ", "-") if draws == protocol.DRAWS else "as-in-the-study"
+    key = name.replace(" ", "-") if draws == protocol.DRAWS else _AS_IS
     paths = engine.pretrain(study.work / data, study.work / "causes" / key, config)
     folders = {}
     for masking in protocol.MASKINGS:
         settings = dataclasses.replace(protocol.residuals(masking, 0), draws=draws)
-        folders[masking] = study.work / "causes" / f"{key}-{masking}-{draws}" / _SETS[1]
+        folders[masking] = _maps(study, key, masking, draws, _SETS[1])
         runs.expect_all(
             engine.cache_residuals(study.work / _SETS[1], paths, folders[masking], settings)
         )
@@ -193,9 +190,18 @@ def try_maps(study: Study, name: str) -> None:
     _finish(study, "maps", name, {"areas": areas})
 
 
+def _maps(study: Study, key: str, masking: str, draws: int, subjects: str) -> Path:
+    return study.work / "causes" / f"{key}-{masking}-{draws}" / subjects
+
+
+def _real_maps(study: Study, subjects: str) -> Path:
+    """The folder of maps that are made as in the study."""
+    return _maps(study, _AS_IS, "random", protocol.DRAWS, subjects)
+
+
 def _lesions_as_maps(study: Study, subjects: str) -> Path:
     """A folder of residual maps that are the labels, as if they came from real ones."""
-    real = study.work / "causes" / "as-in-the-study-random-4" / subjects
+    real = _real_maps(study, subjects)
     folder = study.work / "causes" / "lesions" / subjects
     if folder.is_dir():
         return folder
@@ -215,10 +221,10 @@ def _lesions_as_maps(study: Study, subjects: str) -> Path:
 def prepare_maps(study: Study) -> None:
     """Real maps of both development sets, and the lesions as maps."""
     config = protocol.pretraining(study.scale, 0)
-    folder = study.work / "causes" / "as-in-the-study"
+    folder = study.work / "causes" / _AS_IS
     paths = engine.pretrain(study.work / _SETS[0], folder, config)
     for subjects in _SETS:
-        target = study.work / "causes" / "as-in-the-study-random-4" / subjects
+        target = _real_maps(study, subjects)
         settings = protocol.residuals("random", 0)
         runs.expect_all(engine.cache_residuals(study.work / subjects, paths, target, settings))
         _lesions_as_maps(study, subjects)
@@ -229,9 +235,7 @@ def try_information(study: Study) -> None:
     if _path(study, "information", "trees").is_file():
         return
     data = [study.work / subjects for subjects in _SETS]
-    first, second = (
-        study.work / "causes" / "as-in-the-study-random-4" / subjects for subjects in _SETS
-    )
+    first, second = (_real_maps(study, subjects) for subjects in _SETS)
     measured = measure_difficulty(*data, (first, second))
     _finish(study, "information", "trees", {"models": measured})
 
@@ -268,11 +272,11 @@ def try_network(study: Study, kind: str, name: str, seed: int) -> None:
         return
     scale = study.scale
     trial = {"attention": ATTENTION, "network": NETWORK}[kind][name]
-    source = "lesions" if kind == "attention" else "as-in-the-study-random-4"
     steps = scale.steps // _LESS if kind == "attention" else scale.steps
     scale = dataclasses.replace(scale, rcu_levels=trial.levels, rcu_patch=trial.patch, steps=steps)
     data = [study.work / subjects for subjects in _SETS]
-    maps: list[Path | None] = [study.work / "causes" / source / subjects for subjects in _SETS]
+    source = _lesions_as_maps if kind == "attention" else _real_maps
+    maps: list[Path | None] = [source(study, subjects) for subjects in _SETS]
     folder = study.work / "causes" / f"{kind}-{title.replace(' ', '-')}"
     arm = Arm(name, masking=None if trial.channels else "random")
     if trial.channels:
@@ -336,21 +340,11 @@ def tables(out: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the trials that are missing; the exit status is 1 where one failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.study.causes", description=__doc__)
-    parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/study-<scale>")
-    parser.add_argument("--work", type=Path, help="default: build/study/<scale>")
+    parser = make_parser("python -m benchmarks.study.causes", __doc__)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--jobs", type=int, help="processes at once; default: cores, 1 on a GPU")
     options = parser.parse_args(arguments)
-    jobs = use_one_thread_each(options.jobs)
-    scale: Scale = SCALES[options.scale]
-    study = Study(
-        scale,
-        (options.work or Path("build/study") / scale.name).resolve(),
-        (options.out or results.FOLDER / f"study-{scale.name}").resolve(),
-    )
+    study, jobs = opened(options)
     names = (*_SETS, "development_healthy")
     failed = run_all([(runs.make_subjects, (study, name)) for name in names], jobs)
     failed += run_all([(prepare_maps, (study,))], 1)
@@ -367,9 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for name in variants
             ]
     failed += run_all(jobs_of, jobs)
-    for problem in failed:
-        sys.stderr.write(f"failed: {problem}\n")
-    return 1 if failed else 0
+    return exit_status(failed)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.study import ranking
 from benchmarks.study.protocol import ARMS, BASELINE
-from grcsf_kernels.engine.statistics import LESION_SIZES, interval
+from grcsf_kernels.engine.statistics import interval, sensitivity_by_size
 
 MEASURES = ("dice", "lesion_f1", "sensitivity", "precision", "absolute_volume_difference")
 
@@ -46,54 +44,37 @@ def _value(case: dict[str, Any], measure: str) -> float:
 
 
 def describe(runs: Runs) -> dict[str, dict[str, Any]]:
-    """By arm: each measure's mean over subjects, its interval, and the mean of each seed."""
+    """By arm: each measure's mean over subjects with its interval, and ``found``.
+
+    ``found`` is the share of lesions found over all seeds, by class of size, with its interval over
+    subjects.
+    """
     table: dict[str, dict[str, Any]] = {}
     for arm, seeds in runs.items():
-        row: dict[str, Any] = {}
-        for measure in MEASURES:
-            row[measure] = _summary(list(by_subject(seeds, measure).values()))
-            row[measure]["seeds"] = {
-                seed: float(np.mean(list(by_subject({seed: run}, measure).values())))
-                for seed, run in seeds.items()
+        row: dict[str, Any] = {
+            measure: mean_of(list(by_subject(seeds, measure).values())) for measure in MEASURES
+        }
+        subjects = next(iter(seeds.values()))["lesions"]
+        lesions = [
+            [lesion for run in seeds.values() for lesion in run["lesions"][subject]]
+            for subject in subjects
+        ]
+        row["found"] = {
+            class_name(size["from"], size["to"]): {
+                "lesions": size["lesions"],
+                "mean": size["sensitivity"],
+                "interval": size["interval"],
             }
-        row["found"] = _sensitivities(seeds.values())
-        for cost in ("parameters", "training_seconds", "prediction_seconds", "resident_mib"):
-            row[cost] = float(np.median([run[cost] for run in seeds.values()]))
+            for size in sensitivity_by_size(lesions)
+            if size["lesions"]
+        }
         table[arm] = row
     return table
 
 
-def _sensitivities(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Share of lesions found, over all seeds, by size; the interval is over subjects."""
-    counts: dict[str, dict[str, list[int]]] = {}
-    for run in runs:
-        for subject, lesions in run["lesions"].items():
-            for volume, hit in lesions:
-                of = counts.setdefault(_class(volume), {}).setdefault(subject, [0, 0])
-                of[0] += hit
-                of[1] += 1
-    table = {}
-    for low, high in zip(LESION_SIZES, (*LESION_SIZES[1:], math.inf), strict=True):
-        name = ranking.class_name(low, high)
-        if name in counts:
-            hits, lesions = (list(column) for column in zip(*counts[name].values(), strict=True))
-            bounds = interval(_share, hits, lesions)
-            table[name] = {
-                "lesions": sum(lesions),
-                "mean": sum(hits) / sum(lesions),
-                "interval": None if bounds is None else list(bounds),
-            }
-    return table
-
-
-def _class(volume: float) -> str:
-    edges = (*LESION_SIZES, math.inf)
-    index = int(np.searchsorted(edges, volume, side="right")) - 1
-    return ranking.class_name(edges[index], edges[index + 1])
-
-
-def _share(hits: Any, lesions: Any, axis: int) -> Any:
-    return hits.sum(axis) / lesions.sum(axis)
+def class_name(low: float, high: float | None) -> str:
+    """Of a class of lesion size in mm^3: ``100 to 1000``, ``1000 and more``."""
+    return f"{low:g} and more" if high is None else f"{low:g} to {high:g}"
 
 
 def differences(
@@ -134,7 +115,7 @@ def differences(
                 )
                 return [one[name] - other[name] for name in one]
 
-            row = _summary(paired(seeds))
+            row = mean_of(paired(seeds))
             row["seeds"] = {seed: float(np.mean(paired([seed]))) for seed in seeds}
             row["clear"] = _is_clear(row)
             rows[measure] = row
@@ -150,10 +131,11 @@ def _is_clear(row: dict[str, Any]) -> bool:
     return (low > 0 or high < 0) and len(signs) == 1
 
 
-def _summary(values: list[float], statistic: Callable[..., Any] = np.mean) -> dict[str, Any]:
-    bounds = interval(statistic, values)
+def mean_of(values: Sequence[float]) -> dict[str, Any]:
+    """``mean`` over subjects, and its 95 % bootstrap ``interval``, as JSON has it."""
+    bounds = interval(np.mean, values)
     return {
-        "mean": float(statistic(values)),
+        "mean": float(np.mean(values)),
         "interval": None if bounds is None else list(bounds),
     }
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 
 import torch
@@ -22,8 +21,9 @@ def measure_costs(study: runs.Study, arm: str) -> None:
     path = study.out / "costs" / f"{arm}.json"
     scale, chosen = study.scale, ARMS[arm]
     config = protocol.training(scale, chosen, 0)
-    identity = {"model": to_dict(config.model), "crop": scale.crop, "batch": scale.batch}
-    identity = json.loads(json.dumps(identity))
+    identity = protocol.plain(
+        {"model": to_dict(config.model), "crop": scale.crop, "batch": scale.batch}
+    )
     if runs.is_current(path, identity):
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,10 +12,10 @@ from scipy import ndimage
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from benchmarks.study import protocol
+from benchmarks.study.comparison import mean_of
 from grcsf_kernels.engine.data import Preprocessing, find_cases, load_sample
 from grcsf_kernels.engine.metrics import dice, lesion_f1
 from grcsf_kernels.engine.report import Report
-from grcsf_kernels.engine.statistics import interval
 
 _SCALES = (1.0, 2.0, 4.0)  # voxels, of the neighbourhoods whose mean a model sees
 _VOXELS = 4000  # of each kind that a model learns from, in every subject
@@ -124,7 +124,4 @@ def _scores(score: Any, levels: Any, learn: list[Case], measured: list[Case]) ->
         mask = (score(case) > level) & case[2]
         rows["dice"].append(dice(mask, case[1]))
         rows["lesion_f1"].append(lesion_f1(mask, case[1])[0])
-    return {
-        name: {"mean": float(np.mean(values)), "interval": list(interval(np.mean, values) or ())}
-        for name, values in rows.items()
-    }
+    return {name: mean_of(values) for name, values in rows.items()}

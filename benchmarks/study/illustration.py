@@ -8,9 +8,9 @@ case is segmented by a GRCSF, maps included, that was trained on crops of the ot
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from scipy import ndimage
 
 from benchmarks import results
 from benchmarks.study import runs
-from benchmarks.study.pool import run_all, use_one_thread_each
+from benchmarks.study.pool import exit_status, run_all, use_one_thread_each
+from benchmarks.study.scales import SCALES
 from grcsf_kernels import engine
 from grcsf_kernels.engine.figures import FigureCase, save_figure
 from grcsf_kernels.engine.layouts import find_cases
@@ -43,16 +44,7 @@ def _optimization(steps: int, batch: int, rate: float) -> engine.OptimizationCon
 
 PRETRAINING = engine.PretrainConfig(
     data=_DATA,
-    model=engine.AutoencoderConfig(
-        patch_size=(8, 8, 4),
-        embed_dim=96,
-        depth=3,
-        num_heads=4,
-        decoder_dim=48,
-        decoder_depth=2,
-        decoder_heads=2,
-        normalized_target=False,
-    ),
+    model=dataclasses.replace(SCALES["cpu"].autoencoder, patch_size=(8, 8, 4)),
     optimization=_optimization(400, 1, 1e-3),
     crop_size=(48, 48, 16),
 )
@@ -143,9 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
             [_row(work / name, name) for name in names],
             title="Illustration, no result: each by a network that saw only the other cases",
         )
-    for problem in failed:
-        sys.stderr.write(f"failed: {problem}\n")
-    return 1 if failed else 0
+    return exit_status(failed)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import results
+from benchmarks.study.runs import Study
+from benchmarks.study.scales import SCALES
 from grcsf_kernels.engine.report import console
 
 Job = tuple[Callable[..., None], tuple[Any, ...]]
@@ -44,6 +49,33 @@ def _call(function: Callable[..., None], *arguments: Any) -> None:
     what = " ".join([function.__name__, *map(str, arguments[1:])])
     sys.stdout.write(f"{what}: {time.perf_counter() - start:.0f} s\n")
     sys.stdout.flush()
+
+
+def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every command of the study takes; see :func:`opened`."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/study-<scale>")
+    parser.add_argument("--work", type=Path, help="default: build/study/<scale>")
+    parser.add_argument("--jobs", type=int, help="processes at once; default: cores, 1 on a GPU")
+    return parser
+
+
+def opened(options: argparse.Namespace) -> tuple[Study, int]:
+    """The study that the options of :func:`make_parser` name, and how many processes at once."""
+    study = Study(
+        SCALES[options.scale],
+        (options.work or Path("build/study") / options.scale).resolve(),
+        (options.out or results.FOLDER / f"study-{options.scale}").resolve(),
+    )
+    return study, use_one_thread_each(options.jobs)
+
+
+def exit_status(failed: list[str]) -> int:
+    """Say again what failed; 1 where anything did."""
+    for problem in failed:
+        sys.stderr.write(f"failed: {problem}\n")
+    return 1 if failed else 0
 
 
 def use_one_thread_each(jobs: int | None) -> int:

@@ -166,7 +166,7 @@ def prediction(scale: Scale) -> engine.PredictConfig:
 
 def maps_identity(scale: Scale, seed: int) -> dict[str, Any]:
     """All that the residual maps of a seed depend on, in JSON's types."""
-    return _plain(
+    return plain(
         {
             "subjects": subject_sets(scale),
             "spacing": scale.spacing,
@@ -178,7 +178,7 @@ def maps_identity(scale: Scale, seed: int) -> dict[str, Any]:
 
 def identity(scale: Scale, arm: Arm, seed: int) -> dict[str, Any]:
     """All that the result of a run depends on, in JSON's types; a result with another is old."""
-    return _plain(
+    return plain(
         {
             "subjects": subject_sets(scale),
             "spacing": scale.spacing,
@@ -190,5 +190,6 @@ def identity(scale: Scale, arm: Arm, seed: int) -> dict[str, Any]:
     )
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: what is compared with what a result was saved with."""
     return json.loads(json.dumps(values))

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.study.comparison import class_name, mean_of
 from grcsf_kernels.engine.metrics import NEIGHBORS
-from grcsf_kernels.engine.statistics import LESION_SIZES, interval
+from grcsf_kernels.engine.statistics import LESION_SIZES
 
 ALL = "all"
 
@@ -29,17 +30,13 @@ def size_classes(label: NDArray[np.bool_], voxel_mm3: float) -> dict[str, NDArra
     lesions, count = ndimage.label(label, NEIGHBORS)
     volumes = np.bincount(lesions.ravel(), minlength=count + 1) * voxel_mm3
     found = {ALL: label}
-    for low, high in itertools.pairwise((*LESION_SIZES, math.inf)):
-        chosen = (volumes >= low) & (volumes < high)
+    for low, high in itertools.pairwise((*LESION_SIZES, None)):
+        assert low is not None
+        chosen = (volumes >= low) & (volumes < (math.inf if high is None else high))
         chosen[0] = False
         if chosen.any():
             found[class_name(low, high)] = chosen[lesions]
     return found
-
-
-def class_name(low: float, high: float) -> str:
-    """``100 to 1000``, ``1000 and more``: mm^3."""
-    return f"{low:g} and more" if math.isinf(high) else f"{low:g} to {high:g}"
 
 
 def areas_under_curve(
@@ -74,12 +71,7 @@ def summarize(cases: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]
     summary = {}
     for name in sorted({name for case in cases for name in case}, key=_order):
         values = [case[name] for case in cases if name in case]
-        bounds = interval(np.mean, values)
-        summary[name] = {
-            "subjects": len(values),
-            "mean": float(np.mean(values)),
-            "interval": None if bounds is None else list(bounds),
-        }
+        summary[name] = {"subjects": len(values), **mean_of(values)}
     return summary
 
 
