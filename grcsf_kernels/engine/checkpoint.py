@@ -158,7 +158,7 @@ def _build(
     path: Path, cls: type[Model], description: dict[str, Any], weights: dict[str, Tensor]
 ) -> Model:
     try:
-        model = cls(**description["config"])
+        model = cls(**{**cls.absent, **description["config"]})
         model.load_state_dict(weights)
         data, size = description.get("data"), description.get("crop_size")
         model.preprocessing = None if data is None else from_dict(DataConfig, data, str(path))

@@ -44,6 +44,7 @@ class AutoencoderConfig:
     decoder_depth: int = 2
     decoder_heads: int = 6
     normalized_target: bool = True
+    position_base: float = 10.0  # of the positions, longest over shortest wavelength
 
 
 @dataclass
@@ -262,6 +263,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 _POSITIVE = (
     *("epochs", "steps_per_epoch", "batch_size", "learning_rate", "clip_norm", "patch_size"),
     *("crop_size", "spacing", "validation_every", "draws", "accumulate_batches", "timeout_minutes"),
+    "position_base",
 )
 _SHARES = (
     *("foreground", "validation_fraction", "overlap", "threshold", "mask_ratios", "ema_decay"),

@@ -143,6 +143,7 @@ def build(config: PretrainConfig, ratio: float, channels: int = 1) -> MaskedAuto
             decoder_heads=model.decoder_heads,
             mask_ratio=ratio,
             normalized_target=model.normalized_target,
+            position_base=model.position_base,
         )
     except ValueError as error:
         raise InputError("model", str(error), "correct the setting") from error

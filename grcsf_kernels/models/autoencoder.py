@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,23 @@ class _Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin with equal keys and queries: a token looks at those like it, so at its neighbors.
+
+        With independent ones a small autoencoder spends its training on a mean head by place and
+        hardly learns to look at the image (docs/study.md).
+
+        Source: Trockman & Kolter, ICML 2023, arXiv 2305.09828.
+        """
+        width = self.project.in_features
+        # A normalized token's score with itself is 12 in the mean, whatever the width of a head.
+        deviation = (12 / (width * (width / self.heads) ** 0.5)) ** 0.5
+        query = torch.empty(width, width).normal_(std=deviation)
+        with torch.no_grad():
+            self.qkv.weight[: 2 * width] = query.repeat(2, 1)
+            self.qkv.bias[: 2 * width] = 0
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = (
@@ -48,10 +66,13 @@ class _Block(nn.Module):
         return tokens + self.mlp(self.norm2(tokens))
 
 
-def sincos_positions(grid: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """Fixed positions [L, width] of a patch grid: sines and cosines of each axis side by side."""
+def sincos_positions(grid: Sequence[int], width: int, base: float, device: torch.device) -> Tensor:
+    """Fixed positions [L, width] of a patch grid: sines and cosines of each axis side by side.
+
+    Wavelengths of an axis grow geometrically from 2 pi patches to 2 pi ``base``.
+    """
     per_axis = width // (2 * len(grid))
-    rates = 10000 ** -(torch.arange(per_axis, device=device, dtype=torch.float32) / per_axis)
+    rates = base ** -(torch.arange(per_axis, device=device, dtype=torch.float32) / per_axis)
     axes = torch.meshgrid(
         *(torch.arange(size, device=device, dtype=torch.float32) for size in grid), indexing="ij"
     )
@@ -79,6 +100,8 @@ class MaskedAutoencoder(Pretrained):
         mlp_ratio: hidden width of the blocks over their width.
         mask_ratio: the share of patches that is hidden in training.
         normalized_target: predict patches in units of their own mean and standard deviation.
+        position_base: longest over shortest wavelength of the positions. The usual 10000 leaves
+            most of them constant over a grid of a few patches an axis.
 
     Attributes:
         gradient_checkpointing: in training, compute the activations inside a block again in the
@@ -91,6 +114,7 @@ class MaskedAutoencoder(Pretrained):
     """
 
     gradient_checkpointing: bool = False
+    absent = MappingProxyType({"position_base": 10000.0})
 
     def __init__(
         self,
@@ -107,6 +131,7 @@ class MaskedAutoencoder(Pretrained):
         mlp_ratio: float = 4.0,
         mask_ratio: float = 0.75,
         normalized_target: bool = True,
+        position_base: float = 10.0,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -120,6 +145,10 @@ class MaskedAutoencoder(Pretrained):
                     f"MaskedAutoencoder: {name} is {width}, expected a multiple of "
                     f"{heads_name} = {heads}, at least {2 * spatial_dims}"
                 )
+        if position_base <= 0:
+            raise ValueError(
+                f"MaskedAutoencoder: position_base is {position_base}, expected above 0"
+            )
         sizes = [patch_size] * spatial_dims if isinstance(patch_size, int) else list(patch_size)
         if len(sizes) != spatial_dims or min(sizes) < 1:
             raise ValueError(
@@ -131,6 +160,7 @@ class MaskedAutoencoder(Pretrained):
         self.in_channels = in_channels
         self.mask_ratio = mask_ratio
         self.normalized_target = normalized_target
+        self.position_base = position_base
         self.config = {
             "patch_size": sizes,
             "in_channels": in_channels,
@@ -144,6 +174,7 @@ class MaskedAutoencoder(Pretrained):
             "mlp_ratio": mlp_ratio,
             "mask_ratio": mask_ratio,
             "normalized_target": normalized_target,
+            "position_base": position_base,
         }
 
         values = prod(sizes) * in_channels
@@ -171,6 +202,18 @@ class MaskedAutoencoder(Pretrained):
         assert grid
         return patchify(image, self.patch_size)
 
+    def target(self, image: Tensor) -> Tensor:
+        """What :meth:`reconstruct` is to give for ``image`` [B, C, *S]: float32 [B, L, P * C].
+
+        Raises:
+            ValueError: the shape of the image does not fit the patches or the channels.
+        """
+        target = self.patchify(image).float()
+        if self.normalized_target:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return target
+
     def encode(self, image: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Encoder output [B, L_visible, embed_dim] of the visible patches (all without a mask).
 
@@ -179,8 +222,7 @@ class MaskedAutoencoder(Pretrained):
             hidden: [B, L] bool, equally many hidden in each sample; those are left out.
         """
         tokens = self.embed(self.patchify(image))
-        positions = sincos_positions(self._grid(image), tokens.shape[-1], tokens.device)
-        tokens = tokens + positions.to(tokens.dtype)
+        tokens = tokens + self._positions(image, tokens)
         if hidden is not None:
             shown = self._visible(hidden, tokens)
             tokens = tokens.gather(1, shown[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -207,8 +249,7 @@ class MaskedAutoencoder(Pretrained):
         width = encoded.shape[-1]
         tokens = self.mask_token.to(encoded.dtype).expand(batch, patches, width)
         tokens = tokens.scatter(1, shown[..., None].expand(-1, -1, width), encoded)
-        positions = sincos_positions(self._grid(image), width, tokens.device)
-        return self.predict(self._run(self.decoder, tokens + positions.to(tokens.dtype)))
+        return self.predict(self._run(self.decoder, tokens + self._positions(image, tokens)))
 
     def forward(
         self,
@@ -235,11 +276,7 @@ class MaskedAutoencoder(Pretrained):
             hidden = random_masks(image.shape[0], patches, self.mask_ratio, 1, generator)[0]
             hidden = hidden.to(image.device)
         prediction = self.reconstruct(image, hidden)
-        target = self.patchify(image).float()
-        if self.normalized_target:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
-        error = (prediction.float() - target).square().mean(dim=-1)
+        error = (prediction.float() - self.target(image)).square().mean(dim=-1)
         loss = (error * hidden).sum() / hidden.sum()
         return loss, prediction, hidden
 
@@ -249,6 +286,12 @@ class MaskedAutoencoder(Pretrained):
         for block in blocks:
             tokens = checkpoint(block, tokens, use_reentrant=False)
         return tokens
+
+    def _positions(self, image: Tensor, tokens: Tensor) -> Tensor:
+        positions = sincos_positions(
+            self._grid(image), tokens.shape[-1], self.position_base, tokens.device
+        )
+        return positions.to(tokens.dtype)
 
     def _grid(self, image: Tensor) -> list[int]:
         space = image.shape[2:]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,6 +21,7 @@ class Pretrained(nn.Module):
 
     Attributes:
         config: the arguments that it was made with.
+        absent: what arguments were in effect in model files that are older than they are.
         preprocessing: how images become its input, for
             :class:`grcsf_kernels.engine.preprocessing.Preprocessing`; None: not known.
         crop_size: voxels of its training crops, the windows of prediction; None: not known.
@@ -26,6 +29,7 @@ class Pretrained(nn.Module):
     """
 
     config: dict[str, object]
+    absent: Mapping[str, Any] = MappingProxyType({})
     preprocessing: DataConfig | None = None
     crop_size: tuple[int, ...] | None = None
     residual_maps: dict[str, Any] | None = None

@@ -117,12 +117,14 @@ def test_files_of_earlier_versions(folder, tmp_path, trained):
 
     def earlier(description):
         description.pop("maps")
+        description["config"].pop("position_base", None)
         for name in ("channel_windows", "crop_foreground", "bids_suffixes"):
             description["data"].pop(name)
 
     for file in (path, *autoencoders):
         describe(file, earlier)
     (tmp_path / "maps/residuals.json").unlink()
+    assert MaskedAutoencoder.from_pretrained(autoencoders[0]).position_base == 10000
     assert len(predict(folder, tmp_path, path, autoencoders).done) == 1
     assert len(predict(folder, tmp_path, path, residuals=tmp_path / "maps").done) == 1
     loaded = load_checkpoint(path, "GRCSF")

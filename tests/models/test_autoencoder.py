@@ -100,8 +100,25 @@ def test_learns_an_image():
     assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
 
 
-def test_positions_tell_all_patches_apart():
-    positions = sincos_positions((3, 4, 5), 26, torch.device("cpu"))
+def test_attention_begins_with_the_neighbors():
+    """Where tokens are their positions alone, each is most like those beside it."""
+    model = make(embed_dim=48, decoder_dim=48)
+    positions = sincos_positions((6, 6, 6), 48, model.position_base, torch.device("cpu"))
+    for block in (model.encoder[0], model.decoder[0]):
+        query, key, _ = block.attention.qkv(block.norm1(positions)).chunk(3, dim=-1)
+        weights = sum(
+            (q @ k.T / 24**0.5).softmax(-1)
+            for q, k in zip(query.split(24, -1), key.split(24, -1), strict=True)
+        )
+        places = torch.cartesian_prod(*[torch.arange(6.0)] * 3)
+        distances = torch.cdist(places, places)
+        looked = (weights * distances).sum(-1) / weights.sum(-1)
+        assert looked.mean() < 0.5 * distances.mean()
+
+
+@pytest.mark.parametrize("base", [10.0, 10000.0])
+def test_positions_tell_all_patches_apart(base):
+    positions = sincos_positions((3, 4, 5), 26, base, torch.device("cpu"))
     assert positions.shape == (60, 26)
     distances = torch.cdist(positions, positions) + torch.eye(60)
     assert distances.min() > 0.1
@@ -118,6 +135,7 @@ def test_config_rebuilds_the_model():
     [
         (lambda: make(spatial_dims=4), "spatial_dims is 4"),
         (lambda: make(embed_dim=25), "embed_dim is 25"),
+        (lambda: make(position_base=0), "position_base is 0"),
         (lambda: make(patch_size=(4, 4)), "patch_size is"),
         (lambda: make()(torch.zeros(1, 1, 9, 8, 8)), "image has shape"),
         (lambda: make()(torch.zeros(1, 2, 8, 8, 8)), "image has shape"),
