@@ -15,8 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ import numpy as np
 import torch
 
 from benchmarks.report import table
-from benchmarks.study import protocol, ranking, runs
+from benchmarks.study import making, protocol, ranking, runs
 from benchmarks.study.comparison import with_interval
 from benchmarks.study.difficulty import measure_difficulty
+from benchmarks.study.making import AS_IS, MAPS, SETS, finish, maps_folder, replaced, result_path
 from benchmarks.study.pool import exit_status, make_parser, opened, run_all
 from benchmarks.study.protocol import Arm
 from benchmarks.study.runs import Study
@@ -35,54 +35,7 @@ from grcsf_kernels import engine
 from grcsf_kernels.nn import RCU
 
 KINDS = ("maps", "information", "attention", "network")
-_AS_IS = "as-in-the-study"  # key of autoencoders and maps that are those of the study
-_SETS = ("development", "development_held_out")
 _LESS = 2  # as many steps where the lesions are the maps: they are learnt sooner
-
-
-def _autoencoder(**changes: Any) -> Callable[[engine.PretrainConfig], engine.PretrainConfig]:
-    return lambda config: dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **changes)
-    )
-
-
-def _third(config: engine.PretrainConfig) -> engine.PretrainConfig:
-    steps = config.optimization.steps_per_epoch // 3
-    optimization = dataclasses.replace(config.optimization, steps_per_epoch=steps)
-    return dataclasses.replace(config, optimization=optimization)
-
-
-def _twice_patch(config: engine.PretrainConfig) -> engine.PretrainConfig:
-    """An eighth of the patches in the same crop."""
-    x, y, z = (2 * size for size in config.model.patch_size)
-    return _autoencoder(patch_size=(x, y, z))(config)
-
-
-def _half_patch(config: engine.PretrainConfig) -> engine.PretrainConfig:
-    """As many patches as before, each half as long."""
-
-    def half(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
-        x, y, z = (size // 2 for size in sizes)
-        return x, y, z
-
-    changed = _autoencoder(patch_size=half(config.model.patch_size))(config)
-    return dataclasses.replace(changed, crop_size=half(config.crop_size))
-
-
-# Name: what is different in pretraining, the subjects, and the draws.
-MAPS: dict[str, tuple[Callable[[Any], Any], str, int]] = {
-    "as in the study": (lambda config: config, "development", protocol.DRAWS),
-    "16 draws": (lambda config: config, "development", 16),
-    "other target": (
-        lambda c: _autoencoder(normalized_target=not c.model.normalized_target)(c),
-        "development",
-        protocol.DRAWS,
-    ),
-    "a third of the steps": (_third, "development", protocol.DRAWS),
-    "healthy subjects": (lambda config: config, "development_healthy", protocol.DRAWS),
-    "patches twice as long": (_twice_patch, "development", protocol.DRAWS),
-    "patches half as long": (_half_patch, "development", protocol.DRAWS),
-}
 
 
 def _quiet_init(unit: RCU) -> None:
@@ -150,53 +103,9 @@ NETWORK = {
 }
 
 
-@contextmanager
-def initialized(name: str) -> Iterator[None]:
-    """RCUs that are made inside have that initialization."""
-    RCU.reset_parameters = INITS[name]  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        RCU.reset_parameters = _KEPT  # type: ignore[method-assign]
-
-
-def _path(study: Study, kind: str, name: str) -> Path:
-    return study.out / "causes" / f"{kind}-{name.replace(' ', '-').replace(',', '')}.json"
-
-
-def _finish(study: Study, kind: str, name: str, content: dict[str, Any]) -> None:
-    runs.save(
-        _path(study, kind, name),
-        {"kind": kind, "name": name, **content, "machine": runs.machine()},
-    )
-
-
-def try_maps(study: Study, name: str) -> None:
-    """AUC on development subjects with one thing different."""
-    if _path(study, "maps", name).is_file():
-        return
-    change, data, draws = MAPS[name]
-    config = change(protocol.pretraining(study.scale, 0))
-    key = name.replace(" ", "-") if draws == protocol.DRAWS else _AS_IS
-    paths = engine.pretrain(study.work / data, study.work / "causes" / key, config)
-    folders = {}
-    for masking in protocol.MASKINGS:
-        settings = dataclasses.replace(protocol.residuals(masking, 0), draws=draws)
-        folders[masking] = _maps(study, key, masking, draws, _SETS[1])
-        runs.expect_all(
-            engine.cache_residuals(study.work / _SETS[1], paths, folders[masking], settings)
-        )
-    areas = runs.rank_maps(study.work / _SETS[1], folders, study.scale)
-    _finish(study, "maps", name, {"areas": areas})
-
-
-def _maps(study: Study, key: str, masking: str, draws: int, subjects: str) -> Path:
-    return study.work / "causes" / f"{key}-{masking}-{draws}" / subjects
-
-
 def _real_maps(study: Study, subjects: str) -> Path:
     """The folder of maps that are made as in the study."""
-    return _maps(study, _AS_IS, "random", protocol.DRAWS, subjects)
+    return maps_folder(study, AS_IS, "random", protocol.DRAWS, subjects)
 
 
 def _lesions_as_maps(study: Study, subjects: str) -> Path:
@@ -221,9 +130,9 @@ def _lesions_as_maps(study: Study, subjects: str) -> Path:
 def prepare_maps(study: Study) -> None:
     """Real maps of both development sets, and the lesions as maps."""
     config = protocol.pretraining(study.scale, 0)
-    folder = study.work / "causes" / _AS_IS
-    paths = engine.pretrain(study.work / _SETS[0], folder, config)
-    for subjects in _SETS:
+    folder = study.work / "causes" / AS_IS
+    paths = engine.pretrain(study.work / SETS[0], folder, config)
+    for subjects in SETS:
         target = _real_maps(study, subjects)
         settings = protocol.residuals("random", 0)
         runs.expect_all(engine.cache_residuals(study.work / subjects, paths, target, settings))
@@ -232,12 +141,12 @@ def prepare_maps(study: Study) -> None:
 
 def try_information(study: Study) -> None:
     """Dice of plain models with and without the maps."""
-    if _path(study, "information", "trees").is_file():
+    if result_path(study, "information", "trees").is_file():
         return
-    data = [study.work / subjects for subjects in _SETS]
-    first, second = (_real_maps(study, subjects) for subjects in _SETS)
+    data = [study.work / subjects for subjects in SETS]
+    first, second = (_real_maps(study, subjects) for subjects in SETS)
     measured = measure_difficulty(*data, (first, second))
-    _finish(study, "information", "trees", {"models": measured})
+    finish(study, "information", "trees", {"models": measured})
 
 
 def _with_channels(data: Path, maps: Path, folder: Path) -> Path:
@@ -268,15 +177,15 @@ def _with_channels(data: Path, maps: Path, folder: Path) -> Path:
 def try_network(study: Study, kind: str, name: str, seed: int) -> None:
     """Train with one thing different and measure development subjects."""
     title = f"{name} {seed}"
-    if _path(study, kind, title).is_file():
+    if result_path(study, kind, title).is_file():
         return
     scale = study.scale
     trial = {"attention": ATTENTION, "network": NETWORK}[kind][name]
     steps = scale.steps // _LESS if kind == "attention" else scale.steps
     scale = dataclasses.replace(scale, rcu_levels=trial.levels, rcu_patch=trial.patch, steps=steps)
-    data = [study.work / subjects for subjects in _SETS]
+    data = [study.work / subjects for subjects in SETS]
     source = _lesions_as_maps if kind == "attention" else _real_maps
-    maps: list[Path | None] = [source(study, subjects) for subjects in _SETS]
+    maps: list[Path | None] = [source(study, subjects) for subjects in SETS]
     folder = study.work / "causes" / f"{kind}-{title.replace(' ', '-')}"
     arm = Arm(name, masking=None if trial.channels else "random")
     if trial.channels:
@@ -287,11 +196,12 @@ def try_network(study: Study, kind: str, name: str, seed: int) -> None:
         ]
         maps = [None, None]
     config = protocol.training(scale, arm, seed)
-    with initialized(trial.init):
+    with replaced(RCU, "reset_parameters", INITS[trial.init]):
         measured = runs.train_and_measure(data, maps, config, folder, scale)
-    _finish(study, kind, title, {"variant": name, "seed": seed, **measured})
+    finish(study, kind, title, {"variant": name, "seed": seed, **measured})
 
 
+_CONTEXT_HEAD = ["trial", "hidden", "from the same subject", "from another subject"]
 _HEAD = ["model of the voxels", "Dice", "lesion F1"]
 
 
@@ -312,6 +222,12 @@ def tables(out: Path) -> list[str]:
                 lines.append(["" if plain else name, score, *areas])
         head = ["trial", "score", *(key for key in summary)]
         parts += ["### Maps: ROC AUC", table(head, lines)]
+        lines = [
+            [name, hidden, *(f"{errors[which]:.3f}" for which in ("own", "other"))]
+            for name in (name for name in MAPS if name in maps)
+            for hidden, errors in maps[name]["context"].items()
+        ]
+        parts += ["### Autoencoders: error over variance", table(_CONTEXT_HEAD, lines)]
     for entry in found:
         if entry["kind"] == "information":
             lines = [
@@ -345,12 +261,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     options = parser.parse_args(arguments)
     study, jobs = opened(options)
-    names = (*_SETS, "development_healthy")
+    names = (*SETS, "development_healthy")
     failed = run_all([(runs.make_subjects, (study, name)) for name in names], jobs)
     failed += run_all([(prepare_maps, (study,))], 1)
     jobs_of: list[Any] = []
     if "maps" in options.kinds:
-        jobs_of += [(try_maps, (study, name)) for name in MAPS]
+        jobs_of += [(making.try_maps, (study, name)) for name in MAPS]
     if "information" in options.kinds:
         jobs_of += [(try_information, (study,))]
     for kind, variants in (("attention", ATTENTION), ("network", NETWORK)):

@@ -69,7 +69,7 @@ class Scale:
         reduction: of the gates.
         autoencoder: the networks that make the maps.
         autoencoder_crop: voxels per axis, a multiple of the autoencoder's patch.
-        autoencoder_steps: of pretraining, each with one crop.
+        autoencoder_steps: of pretraining, each of ``batch`` crops.
         precision: as Lightning Fabric names it.
         overlap: of windows in prediction.
         development: subjects that settings are chosen on; half as many are measured there.
@@ -127,7 +127,7 @@ def pretraining(scale: Scale, seed: int) -> engine.PretrainConfig:
     return engine.PretrainConfig(
         data=DATA,
         model=scale.autoencoder,
-        optimization=_optimization(scale, scale.autoencoder_steps, 1, 1e-3, seed),
+        optimization=_optimization(scale, scale.autoencoder_steps, scale.batch, 1e-3, seed),
         crop_size=scale.autoencoder_crop,
         mirror_axes=(0,),
     )

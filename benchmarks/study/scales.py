@@ -27,12 +27,13 @@ SCALES = {
             embed_dim=96,
             depth=3,
             num_heads=4,
-            decoder_dim=48,
+            decoder_dim=96,
             decoder_depth=2,
-            decoder_heads=2,
+            decoder_heads=4,
             normalized_target=False,
         ),
-        autoencoder_crop=(80, 96, 80),  # the brain: an autoencoder knows where it is
+        # Not the whole brain: an autoencoder that knows where it is learns a mean head.
+        autoencoder_crop=(64, 64, 64),
         autoencoder_steps=1200,
     ),
     "gpu": Scale(
@@ -56,7 +57,7 @@ SCALES = {
             depth=6,
             normalized_target=False,
         ),
-        autoencoder_crop=(160, 192, 160),
+        autoencoder_crop=(128, 128, 128),
         autoencoder_steps=3000,
         precision="bf16-mixed",
     ),

@@ -243,14 +243,14 @@ def _settings(
             embed_dim=96,
             depth=3,
             num_heads=4,
-            decoder_dim=48,
+            decoder_dim=96,
             decoder_depth=2,
-            decoder_heads=2,
+            decoder_heads=4,
             # Intensities as they are: a lesion that fills a patch shows only against them.
             normalized_target=False,
         ),
-        optimization=optimization(budget.pretraining_steps, 1, 1e-3),
-        crop_size=crop(128),  # at 2 mm the whole head: the autoencoder knows where it is
+        optimization=optimization(budget.pretraining_steps, 2, 1e-3),
+        crop_size=crop(64),
     )
     segmentation = engine.TrainConfig(
         model=engine.ModelConfig(

@@ -15,11 +15,23 @@ import torch
 pytest.importorskip("nibabel", reason="needs the extra train")
 pytest.importorskip("nilearn", reason="needs the extra demo")
 
-from benchmarks.study import causes, comparison, costs, pictures, protocol, ranking, report, runs
+from benchmarks.study import (
+    causes,
+    comparison,
+    context,
+    costs,
+    making,
+    pictures,
+    protocol,
+    ranking,
+    report,
+    runs,
+)
 from benchmarks.study.pool import run_all
 from benchmarks.study.protocol import ARMS, Scale
 from benchmarks.study.scales import SCALES
 from grcsf_kernels import engine
+from grcsf_kernels.models import MaskedAutoencoder, autoencoder
 from grcsf_kernels.nn import RCU
 
 TINY = Scale(
@@ -204,8 +216,11 @@ def test_trials_of_causes(tmp_path: Path) -> None:
     for name in ("development", "development_held_out", "development_healthy"):
         runs.make_subjects(study, name)
     causes.prepare_maps(study)
-    for name in ("as in the study", "16 draws", "healthy subjects", "patches half as long"):
-        causes.try_maps(study, name)
+    initial = autoencoder._Attention.reset_parameters
+    trials = ("as in the study", "16 draws", "healthy subjects", "patches half as long")
+    for name in (*trials, "all three and half the decoder, as at first"):
+        making.try_maps(study, name)
+    assert autoencoder._Attention.reset_parameters is initial
     causes.try_information(study)
     before = RCU.reset_parameters
     for kind, name in (
@@ -216,9 +231,11 @@ def test_trials_of_causes(tmp_path: Path) -> None:
         causes.try_network(study, kind, name, 0)
     assert RCU.reset_parameters is before
     parts = causes.tables(study.out)
-    maps, information, attention, network = parts[1::2]
+    maps, errors, information, attention, network = parts[1::2]
     assert "| neighbourhood and maps |" in information
-    assert maps.count("50% hidden, random") == 4
+    assert maps.count("50% hidden, random") == 2
+    assert maps.count("50% hidden, complementary") == 5
+    assert errors.count("50%") == errors.count("75%") == 5
     assert maps.count("darkness") == 1
     assert "| zero output |" in attention
     assert "| default |" in network
@@ -231,8 +248,35 @@ def test_trials_of_causes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, np.repeat(label[..., None], 2, axis=-1))
 
 
+def test_errors_tell_whether_an_autoencoder_looks_at_the_image(tmp_path: Path) -> None:
+    study = runs.Study(dataclasses.replace(TINY, held_out=3), tmp_path, tmp_path)
+    runs.make_subjects(study, "held_out")
+    network = MaskedAutoencoder(
+        8, embed_dim=12, depth=1, num_heads=1, decoder_dim=12, decoder_heads=1, mask_ratio=0.5
+    )
+
+    def errors(name: str) -> dict[str, float]:
+        path = network.save_pretrained(
+            tmp_path / f"{name}.safetensors", preprocessing=protocol.DATA, crop_size=(16, 16, 16)
+        )
+        return context.context_errors(study.work / "held_out", [path])["50%"]
+
+    looking = errors("looking")
+    assert looking["own"] != looking["other"]
+    with torch.no_grad():
+        for weight in network.bridge.parameters():
+            weight.zero_()
+    blind = errors("blind")
+    assert blind["own"] == pytest.approx(blind["other"], rel=0.2)  # whose voxels are air differs
+    with torch.no_grad():
+        for weight in network.predict.parameters():
+            weight.zero_()
+    nothing = errors("nothing")
+    assert nothing["own"] == nothing["other"] == pytest.approx(1, rel=0.2)
+
+
 def test_initializations_are_what_they_are_called() -> None:
-    with causes.initialized("zero output"):
+    with making.replaced(RCU, "reset_parameters", causes.INITS["zero output"]):
         unit = RCU(4, patch_size=2)
     x = torch.randn(1, 4, 4, 4, 4)
     torch.testing.assert_close(unit(x, torch.rand(1, 2, 4, 4, 4)), x)
