@@ -61,7 +61,7 @@ def make_models(
     data = engine.DataConfig(intensity="window", spacing=spacing)
     crop = (window, window, window)
     torch.manual_seed(0)
-    network = GRCSF(channels=(4, 8, 8), num_maps=2, num_heads=2, head_dim=4, patch_size=8)
+    network = GRCSF(channels=(4, 8, 8), rcu_levels=(1,), num_heads=2, head_dim=4, patch_size=8)
     model = save_checkpoint(folder / "model.safetensors", network, data, crop)
     autoencoders = []
     for ratio in (0.5, 0.75):

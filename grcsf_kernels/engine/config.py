@@ -53,7 +53,7 @@ class ModelConfig:
 
     channels: tuple[int, ...] = (16, 32, 64, 128, 256)
     blocks_per_level: int = 1
-    rcu_levels: tuple[int, ...] = (1,)
+    rcu_levels: tuple[int, ...] = (0,)
     num_heads: int = 4
     head_dim: int = 8
     patch_size: Triple = (8, 8, 8)  # voxels of the RCU's level

@@ -50,7 +50,7 @@ class GRCSF(ResidualUNet, Pretrained):
         num_maps: int = 2,
         channels: Sequence[int] = (16, 32, 64, 128, 256),
         blocks_per_level: int = 1,
-        rcu_levels: Sequence[int] = (1,),
+        rcu_levels: Sequence[int] = (0,),
         num_heads: int = 4,
         head_dim: int = 8,
         patch_size: int | Sequence[int] | None = 8,
