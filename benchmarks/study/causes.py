@@ -76,13 +76,14 @@ class Trial:
         init: of the RCUs.
         levels: of the decoder, with an RCU.
         patch: edge of the RCU's patches, voxels of their level.
-        channels: no RCU: the maps are further channels of the image.
+        maps: what is done with them: ``"attended"`` to by the RCU; without an RCU ``"channels"`` of
+            the image, or ``"unused"``.
     """
 
     init: str = "default"
     levels: tuple[int, ...] = (0,)
     patch: int = 4
-    channels: bool = False
+    maps: str = "attended"
 
 
 ATTENTION = {
@@ -96,10 +97,12 @@ ATTENTION = {
 }
 NETWORK = {
     "default": Trial(),
+    "no maps": Trial(maps="unused"),
     "keys x 10, values x 3": Trial(init="keys x 10, values x 3"),
     "level 1": Trial(levels=(1,)),
+    "levels 0, 1 and 2": Trial(levels=(0, 1, 2)),
     "patches of 8": Trial(patch=8),
-    "maps as channels of the image": Trial(channels=True),
+    "maps as channels of the image": Trial(maps="channels"),
 }
 
 
@@ -187,13 +190,14 @@ def try_network(study: Study, kind: str, name: str, seed: int) -> None:
     source = _lesions_as_maps if kind == "attention" else _real_maps
     maps: list[Path | None] = [source(study, subjects) for subjects in SETS]
     folder = study.work / "causes" / f"{kind}-{title.replace(' ', '-')}"
-    arm = Arm(name, masking=None if trial.channels else "random")
-    if trial.channels:
+    arm = Arm(name, masking="random" if trial.maps == "attended" else None)
+    if trial.maps == "channels":
         data = [
             _with_channels(images, residuals, folder / images.name)
             for images, residuals in zip(data, maps, strict=True)
             if residuals is not None
         ]
+    if trial.maps != "attended":
         maps = [None, None]
     config = protocol.training(scale, arm, seed)
     with replaced(RCU, "reset_parameters", INITS[trial.init]):

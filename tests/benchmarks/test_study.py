@@ -226,6 +226,7 @@ def test_trials_of_causes(tmp_path: Path) -> None:
     for kind, name in (
         ("attention", "zero output"),
         ("network", "default"),
+        ("network", "no maps"),
         ("network", "maps as channels of the image"),
     ):
         causes.try_network(study, kind, name, 0)
@@ -239,6 +240,7 @@ def test_trials_of_causes(tmp_path: Path) -> None:
     assert maps.count("darkness") == 1
     assert "| zero output |" in attention
     assert "| default |" in network
+    assert "| no maps |" in network
     assert "| maps as channels of the image |" in network
 
     # The maps of the attention trials are the lesions themselves.
