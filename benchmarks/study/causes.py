@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from benchmarks.report import table
-from benchmarks.study import making, protocol, ranking, runs
+from benchmarks.study import making, protocol, runs
 from benchmarks.study.comparison import with_interval
 from benchmarks.study.difficulty import measure_difficulty
-from benchmarks.study.making import AS_IS, MAPS, SETS, finish, maps_folder, replaced, result_path
+from benchmarks.study.making import AS_IS, MAPS, SETS, finish, is_finished, maps_folder, replaced
 from benchmarks.study.pool import exit_status, make_parser, opened, run_all
 from benchmarks.study.protocol import Arm
 from benchmarks.study.runs import Study
@@ -144,7 +144,7 @@ def prepare_maps(study: Study) -> None:
 
 def try_information(study: Study) -> None:
     """Dice of plain models with and without the maps."""
-    if result_path(study, "information", "trees").is_file():
+    if is_finished(study, "information", "trees"):
         return
     data = [study.work / subjects for subjects in SETS]
     first, second = (_real_maps(study, subjects) for subjects in SETS)
@@ -180,7 +180,7 @@ def _with_channels(data: Path, maps: Path, folder: Path) -> Path:
 def try_network(study: Study, kind: str, name: str, seed: int) -> None:
     """Train with one thing different and measure development subjects."""
     title = f"{name} {seed}"
-    if result_path(study, kind, title).is_file():
+    if is_finished(study, kind, title):
         return
     scale = study.scale
     trial = {"attention": ATTENTION, "network": NETWORK}[kind][name]
@@ -205,33 +205,13 @@ def try_network(study: Study, kind: str, name: str, seed: int) -> None:
     finish(study, kind, title, {"variant": name, "seed": seed, **measured})
 
 
-_CONTEXT_HEAD = ["trial", "hidden", "from the same subject", "from another subject"]
 _HEAD = ["model of the voxels", "Dice", "lesion F1"]
 
 
 def tables(out: Path) -> list[str]:
     """The trials that there are, as Markdown."""
     found = [json.loads(path.read_text()) for path in sorted((out / "causes").glob("*.json"))]
-    maps = {entry["name"]: entry for entry in found if entry["kind"] == "maps"}
-    parts = []
-    if maps:
-        lines = []
-        for name in (name for name in MAPS if name in maps):
-            for score, cases in maps[name]["areas"].items():
-                plain = "hidden" not in score
-                if plain and name != next(iter(MAPS)):
-                    continue  # darkness and edges are the same in every trial
-                summary = ranking.summarize(list(cases.values()))
-                areas = (f"{summary[key]['mean']:.3f}" for key in summary)
-                lines.append(["" if plain else name, score, *areas])
-        head = ["trial", "score", *(key for key in summary)]
-        parts += ["### Maps: ROC AUC", table(head, lines)]
-        lines = [
-            [name, hidden, *(f"{errors[which]:.3f}" for which in ("own", "other"))]
-            for name in (name for name in MAPS if name in maps)
-            for hidden, errors in maps[name]["context"].items()
-        ]
-        parts += ["### Autoencoders: error over variance", table(_CONTEXT_HEAD, lines)]
+    parts = making.tables({entry["name"]: entry for entry in found if entry["kind"] == "maps"})
     for entry in found:
         if entry["kind"] == "information":
             lines = [

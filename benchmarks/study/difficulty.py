@@ -18,6 +18,7 @@ from grcsf_kernels.engine.metrics import dice, lesion_f1
 from grcsf_kernels.engine.report import Report
 
 _SCALES = (1.0, 2.0, 4.0)  # voxels, of the neighbourhoods whose mean a model sees
+_WIDE = (8.0, 16.0)
 _VOXELS = 4000  # of each kind that a model learns from, in every subject
 _LEVELS = np.linspace(0.02, 0.98, 49)
 
@@ -36,7 +37,8 @@ def measure_difficulty(
     * ``neighbourhood``: the same with the means of the neighbourhood at three scales, and the place
       in the head.
     * ``neighbourhood and maps``, with ``maps``: the same with the residual maps and their means of
-      the neighbourhood. What it gains is what the maps know beyond the image.
+      the neighbourhood. What it gains is what the maps know beyond these means of the image.
+    * ``wide neighbourhood``, with ``maps``: without them, with means at two further scales.
 
     Args:
         training: folder of subjects that the models are fitted on.
@@ -52,7 +54,7 @@ def measure_difficulty(
     found = {"threshold": _scores(lambda case: -case[0], -levels, learn, measured)}
     models = {"intensity": _intensity, "neighbourhood": _neighbourhood}
     if maps:
-        models["neighbourhood and maps"] = _with_maps
+        models |= {"neighbourhood and maps": _with_maps, "wide neighbourhood": _wide}
     for name, features in models.items():
         model = _fit(features, learn)
 
@@ -89,6 +91,11 @@ def _neighbourhood(case: Case) -> NDArray[np.float32]:
     # Left and right are alike.
     places[0] = np.abs(places[0] - image.shape[0] / 2)
     return np.stack([image, *means, *places], axis=-1)
+
+
+def _wide(case: Case) -> NDArray[np.float32]:
+    means = [ndimage.gaussian_filter(case[0], sigma) for sigma in _WIDE]
+    return np.concatenate([_neighbourhood(case), np.stack(means, axis=-1)], axis=-1)
 
 
 def _with_maps(case: Case) -> NDArray[np.float32]:

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import protocol, runs
+from benchmarks.report import table
+from benchmarks.study import protocol, ranking, runs
+from benchmarks.study.comparison import mean_of, with_interval
 from benchmarks.study.context import context_errors
 from benchmarks.study.runs import Study
 from grcsf_kernels import engine
@@ -90,10 +92,11 @@ class Making:
     keys_apart: bool = False
 
 
+_AS_LONG = "a third of the steps"  # what trials with other autoencoders are compared with
 MAPS = {
     "as in the study": Making(),
     "16 draws": Making(draws=16),
-    "a third of the steps": Making(lambda config: config),
+    _AS_LONG: Making(lambda config: config),
     "keys apart from queries": Making(lambda config: config, keys_apart=True),
     "position base 10000": Making(_model(position_base=10000.0)),
     "the whole brain at once": Making(_whole_brain),
@@ -121,11 +124,27 @@ def result_path(study: Study, kind: str, name: str) -> Path:
     return study.out / "causes" / f"{kind}-{name.replace(' ', '-').replace(',', '')}.json"
 
 
+def _identity(study: Study) -> dict[str, Any]:
+    """What all trials begin with; a result with another one is old."""
+    return protocol.identity(study.scale, protocol.ARMS["rcu"], 0)
+
+
+def is_finished(study: Study, kind: str, name: str) -> bool:
+    """Whether the result of a trial is there."""
+    return runs.is_current(result_path(study, kind, name), _identity(study))
+
+
 def finish(study: Study, kind: str, name: str, content: dict[str, Any]) -> None:
     """Save the result of a trial."""
     runs.save(
         result_path(study, kind, name),
-        {"kind": kind, "name": name, **content, "machine": runs.machine()},
+        {
+            "kind": kind,
+            "name": name,
+            "identity": _identity(study),
+            **content,
+            "machine": runs.machine(),
+        },
     )
 
 
@@ -136,7 +155,7 @@ def maps_folder(study: Study, key: str, masking: str, draws: int, subjects: str)
 
 def try_maps(study: Study, name: str) -> None:
     """AUC on development subjects, and how far the autoencoders look at the image."""
-    if result_path(study, "maps", name).is_file():
+    if is_finished(study, "maps", name):
         return
     trial = MAPS[name]
     config = protocol.pretraining(study.scale, 0)
@@ -158,3 +177,39 @@ def try_maps(study: Study, name: str) -> None:
     areas = runs.rank_maps(study.work / SETS[1], folders, study.scale)
     errors = context_errors(study.work / SETS[1], paths)
     finish(study, "maps", name, {"areas": areas, "context": errors})
+
+
+def tables(found: dict[str, Any]) -> list[str]:
+    """The trials that there are, by name, as Markdown."""
+    names = [name for name in MAPS if name in found]
+    if not names:
+        return []
+    lines = []
+    for name in names:
+        base = _AS_LONG if MAPS[name].change else next(iter(MAPS))
+        for score, cases in found[name]["areas"].items():
+            plain = "hidden" not in score
+            if plain and name != next(iter(MAPS)):
+                continue  # darkness and edges are the same in every trial
+            summary = ranking.summarize(list(cases.values()))
+            areas = (f"{row['mean']:.3f}" for row in summary.values())
+            less = ""
+            if name != base and base in found:
+                others = found[base]["areas"][score]
+                changes = [
+                    area[ranking.ALL] - others[case][ranking.ALL] for case, area in cases.items()
+                ]
+                less = with_interval(mean_of(changes), signed=True)
+            lines.append(["" if plain else name, score, *areas, less])
+    head = ["trial", "score", *summary, "all, less as in the study or less a third of the steps"]
+    errors = [
+        [name, hidden, f"{row['own']:.3f}", f"{row['other']:.3f}"]
+        for name in names
+        for hidden, row in found[name]["context"].items()
+    ]
+    return [
+        "### Maps: ROC AUC",
+        table(head, lines),
+        "### Autoencoders: error over variance",
+        table(["trial", "hidden", "from the same subject", "from another subject"], errors),
+    ]

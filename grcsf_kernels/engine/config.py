@@ -43,7 +43,7 @@ class AutoencoderConfig:
     decoder_dim: int = 192
     decoder_depth: int = 2
     decoder_heads: int = 6
-    normalized_target: bool = True
+    normalized_target: bool = False  # a lesion that fills a patch shows only against intensities
     position_base: float = 10.0  # of the positions, longest over shortest wavelength
 
 

@@ -246,8 +246,6 @@ def _settings(
             decoder_dim=96,
             decoder_depth=2,
             decoder_heads=4,
-            # Intensities as they are: a lesion that fills a patch shows only against them.
-            normalized_target=False,
         ),
         optimization=optimization(budget.pretraining_steps, 2, 1e-3),
         crop_size=crop(64),
