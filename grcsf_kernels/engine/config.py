@@ -56,7 +56,7 @@ class ModelConfig:
     rcu_levels: tuple[int, ...] = (0,)
     num_heads: int = 4
     head_dim: int = 8
-    patch_size: Triple = (8, 8, 8)  # voxels of the RCU's level
+    patch_size: Triple = (4, 4, 4)  # voxels of the RCU's level; its attention is no finer
     reduction: int = 16
     compensation: str = "dissimilarity"
     score_channels: int = 32
