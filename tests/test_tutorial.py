@@ -25,7 +25,7 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)
 SMALLER = (
     (r"\b(epochs|steps_per_epoch): \d+", r"\1: 1"),
     (r'(make_dataset\(Path\("[\w/]+"\)), \d+, (seed=\d), spacing=3', r"\1, 1, \2, spacing=6"),
-    (r"crop_size: \[72, 80, 64\]", "crop_size: [40, 40, 32]"),
+    (r"crop_size: \[48, 48, 48\]", "crop_size: [24, 24, 24]"),
     (r"crop_size: \[32, 32, 32\]", "crop_size: [16, 16, 16]"),
 )
 
