@@ -119,7 +119,7 @@ def replaced(cls: type, name: str, function: Callable[..., None]) -> Iterator[No
         setattr(cls, name, kept)
 
 
-def result_path(study: Study, kind: str, name: str) -> Path:
+def _result_path(study: Study, kind: str, name: str) -> Path:
     """The result of a trial."""
     return study.out / "causes" / f"{kind}-{name.replace(' ', '-').replace(',', '')}.json"
 
@@ -131,13 +131,13 @@ def _identity(study: Study) -> dict[str, Any]:
 
 def is_finished(study: Study, kind: str, name: str) -> bool:
     """Whether the result of a trial is there."""
-    return runs.is_current(result_path(study, kind, name), _identity(study))
+    return runs.is_current(_result_path(study, kind, name), _identity(study))
 
 
 def finish(study: Study, kind: str, name: str, content: dict[str, Any]) -> None:
     """Save the result of a trial."""
     runs.save(
-        result_path(study, kind, name),
+        _result_path(study, kind, name),
         {
             "kind": kind,
             "name": name,

@@ -193,7 +193,7 @@ def train_and_measure(
 
 def is_current(path: Path, identity: dict[str, Any]) -> bool:
     """Whether a result is there and was made with these settings."""
-    return path.is_file() and json.loads(path.read_text()).get("identity") == identity
+    return path.is_file() and json.loads(path.read_text())["identity"] == identity
 
 
 def expect_all(report: engine.Report) -> None:
