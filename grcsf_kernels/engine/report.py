@@ -13,7 +13,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 
-from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.errors import InputError, printable
+from grcsf_kernels.engine.scratch import NoRoomError
 
 Item = TypeVar("Item")
 
@@ -23,7 +24,7 @@ console = Console(stderr=True)
 def warn(text: str) -> None:
     """Say what the user should know of; the run goes on."""
     # No markup: a path may hold brackets.
-    console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(text), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Report:
 
     def skip(self, path: Path, reason: str) -> None:
         """Note an input that can't be used, and say so."""
-        self.failed.append((path, reason))
+        self.failed.append((path, printable(reason)))
         warn(f"skipped: {reason}")
 
 
@@ -49,7 +50,8 @@ def for_each(
 ) -> None:
     """Call ``work`` for every item with a progress bar; what goes wrong with one stops no other.
 
-    A full disk is the exception: each further item would fail as well.
+    A disk without room for what is written is the exception: each further item would fail as well.
+    Where only the scratch volumes of one case are too large, the others may fit.
 
     Raises:
         OSError: the disk is full, or the user's share of it.
@@ -61,10 +63,18 @@ def for_each(
         except InputError as error:
             report.skip(Path(str(error.where)), str(error))
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
             where = getattr(item, "image", item)
             problem = " ".join(str(error).split())
+            if isinstance(error, NoRoomError):
+                remedy = "free space there, or set accumulate and memory_gb"
+                report.skip(Path(str(where)), f"{where}: {problem}; {remedy}")
+                continue
+            if isinstance(error, OSError):
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                remedy = "check the path and the permissions"
+                report.skip(Path(str(where)), f"{where}: failed, {problem}; {remedy}")
+                continue
             # No mistake of the user that has a message of its own: the traceback says where.
             console.print(traceback.format_exc(), highlight=False, markup=False, soft_wrap=True)
             report.skip(Path(str(where)), f"{where}: failed ({type(error).__name__}: {problem})")

@@ -17,6 +17,10 @@ import torch
 _SLAB = 1 << 24
 
 
+class NoRoomError(OSError):
+    """The volumes of one case do not fit the disk; others may."""
+
+
 class Scratch:
     """Hands out volumes for one run.
 
@@ -41,7 +45,9 @@ class Scratch:
         """An array [C, X, Y, Z], not initialized; X is the fastest axis in memory, as in NIfTI.
 
         Raises:
-            OSError: the disk has no room.
+            NoRoomError: the disk has no room for it.
+            MemoryError: there is not as much memory.
+            OSError: the folder can't be written.
         """
         shape = (channels, *reversed(space))
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
@@ -82,7 +88,7 @@ class Scratch:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 reason = f"{error.strerror} for {size / 1e9:.1f} GB of scratch volumes"
-                raise OSError(error.errno, reason, str(self.folder)) from error
+                raise NoRoomError(error.errno, reason, str(self.folder)) from error
             mapped = mmap.mmap(file.fileno(), size)
         self._maps.add(mapped)
         return mapped

@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
+from grcsf_kernels.engine.headers import millimeters, open_nifti
 from grcsf_kernels.engine.scratch import Scratch, slabs
+from grcsf_kernels.engine.sources import readable
 
 SUFFIXES = (".nii.gz", ".nii")
+_ROUNDING = 1e-5  # of a label
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Volume:
     Attributes:
         array: [X, Y, Z] float32, in the file's own orientation; [X, Y, Z, K] for residual maps and
             for images of several channels.
-        affine: [4, 4], voxel indices to millimeters.
+        affine: [4, 4], voxel indices to millimeters, whatever the unit of the file.
         header: the file's header.
         path: the file.
     """
@@ -41,47 +42,22 @@ class Volume:
 
 
 def stem(path: Path) -> str:
-    """The name without ``.nii`` or ``.nii.gz``."""
+    """The name without ``.nii`` or ``.nii.gz``, in small or capital letters."""
     for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
+        if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.stem
 
 
 def is_volume(path: Path) -> bool:
     """Whether the path looks like a NIfTI file that is not hidden."""
-    return path.name.endswith(SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    return path.name.lower().endswith(SUFFIXES) and path.name[0] != "." and os.path.isfile(path)
 
 
-def _check_stream(path: Path) -> None:
-    """Read a compressed file to its end, where its checksum is: nibabel stops before it."""
-    if path.name.endswith(".gz"):
-        with gzip.open(path) as stream:
-            while stream.read(1 << 22):
-                pass
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Whatever reading a file can raise becomes an InputError."""
-    try:
-        yield
-    except (ImageFileError, EOFError, OSError, zlib.error, ValueError, TypeError) as error:
-        problem = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            path,
-            f"can't be read, it is truncated or no NIfTI ({problem[:120]})",
-            "copy or export it again",
-        ) from error
-
-
-def _open(path: Path, axes: int) -> tuple[Any, tuple[int, ...]]:
-    """The image, with its voxels still in the file, and its shape with ``axes`` axes."""
-    with _readable(path):
-        _check_stream(Path(path))
-        # Compressed files are read on from slab to slab, not from the start each time.
-        image: Any = nib.load(path, keep_file_open=True)
-        kind, shape = image.get_data_dtype(), tuple(image.shape)
+def _open(path: Path, axes: int) -> tuple[Any, np.ndarray, tuple[int, ...]]:
+    """The image, with its voxels in the file, its affine, and its shape with ``axes`` axes."""
+    image, affine = open_nifti(path)
+    kind, shape = image.dataobj.dtype, tuple(image.shape)
     if kind.kind not in "iufb":
         raise InputError(path, f"holds values of type {kind}", "expected one number a voxel")
     while len(shape) > axes and shape[-1] == 1:
@@ -92,16 +68,21 @@ def _open(path: Path, axes: int) -> tuple[Any, tuple[int, ...]]:
             f"has {len(shape)} axes {shape}",
             f"expected {axes} axes: extract the volume that is meant",
         )
-    if 0 in shape:
-        raise InputError(path, f"is empty, shape {shape}", "export it again")
-    return image, shape
+    return image, affine, shape
 
 
-def _memory(scratch: Scratch | None) -> Callable[[tuple[int, ...]], np.ndarray]:
-    """What gives a float32 array of a shape."""
+def _memory(path: Path, shape: tuple[int, ...], scratch: Scratch | None) -> np.ndarray:
+    """A float32 array of a shape for the voxels of a file."""
     if scratch is not None:
-        return scratch.image
-    return lambda shape: np.empty(shape, np.float32, order="F")
+        return scratch.image(shape)
+    size, there = 4 * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > there:
+        raise InputError(
+            path,
+            f"has {shape} voxels, {size / 1e9:.0f} GB, and this machine has {there / 1e9:.0f} GB",
+            "crop or resample it",
+        )
+    return np.empty(shape, np.float32, order="F")
 
 
 def _read(
@@ -110,10 +91,8 @@ def _read(
     scratch: Scratch | None,
     memory: Callable[[tuple[int, ...]], np.ndarray] | None = None,
 ) -> Volume:
-    if not Path(path).is_file():
-        raise InputError(path, "does not exist", "check the path")
-    image, shape = _open(path, axes)
-    array = (memory or _memory(scratch))(shape)
+    image, affine, shape = _open(path, axes)
+    array = _memory(path, shape, scratch) if memory is None else memory(shape)
     bad, rest = 0, (0,) * (len(image.shape) - axes)
     # In the order in which voxels are stored. Whatever their type in the file, beside the array
     # there is never more than a slab.
@@ -121,16 +100,12 @@ def _read(
         for planes in slabs(shape[0] * shape[1], shape[2]):
             place = (slice(None), slice(None), planes, *index)
             slab = array[place]
-            with _readable(path):
+            # What float32 can't hold becomes Inf, which is reported below.
+            with readable(path), np.errstate(over="ignore", invalid="ignore"):
                 slab[...] = image.dataobj[place + rest]
             bad += int(slab.size - np.isfinite(slab).sum())
             if scratch is not None:
                 scratch.release()
-    affine = np.asarray(image.affine)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise InputError(
-            path, "has an affine that is singular or not finite", "export it again with a geometry"
-        )
     if bad:
         raise InputError(path, f"has {bad} voxels that are NaN or Inf", "replace them, say by 0")
     return Volume(array, affine, image.header, Path(path))
@@ -170,7 +145,7 @@ def read_image(paths: Sequence[Path], scratch: Scratch | None = None) -> Volume:
     def place(channel: int) -> Callable[[tuple[int, ...]], np.ndarray]:
         def memory(shape: tuple[int, ...]) -> np.ndarray:
             if not stacked:
-                stacked.append(_memory(scratch)((*shape, len(paths))))
+                stacked.append(_memory(paths[channel], (*shape, len(paths)), scratch))
             fits = stacked[0].shape[:3] == shape
             return stacked[0][..., channel] if fits else np.empty(shape, np.float32)
 
@@ -187,13 +162,10 @@ def read_geometry(path: Path) -> Volume:
     """Affine and header of a file, without its voxels (the array is empty).
 
     Raises:
-        InputError: no such file, or no NIfTI.
+        InputError: no such file, no NIfTI, or a damaged one.
     """
-    try:
-        image: Any = nib.load(path)
-    except (ImageFileError, EOFError, OSError, zlib.error) as error:
-        raise InputError(path, "can't be read", "copy or export it again") from error
-    return Volume(np.empty((0, 0, 0), np.float32), image.affine, image.header, Path(path))
+    image, affine = open_nifti(path)
+    return Volume(np.empty((0, 0, 0), np.float32), affine, image.header, Path(path))
 
 
 def _check_space(path: Path, found: Volume, image: Volume) -> None:
@@ -205,7 +177,8 @@ def _check_space(path: Path, found: Volume, image: Volume) -> None:
             "resample it to the image",
         )
     difference = np.abs(found.affine - image.affine).max()
-    if difference > 1e-3:
+    smallest = np.sqrt((image.affine[:3, :3] ** 2).sum(axis=0)).min()
+    if difference > min(1e-3, 0.01 * smallest):
         raise InputError(
             path,
             f"has an affine that differs from that of its image {image.path.name} "
@@ -223,6 +196,9 @@ def read_label(path: Path, image: Volume, lesion_labels: Sequence[int] | None = 
         lesion_labels: the values that become 1, all others become 0; None: the file holds only 0
             and 1.
 
+    Values that rounding left beside a whole number (1e-5 of it) are that number: files that store
+    labels with a scale hold such.
+
     Raises:
         InputError: as for :func:`read_volume`; labels other than 0 and 1 without
             ``lesion_labels``, or that are no whole numbers; a shape or an affine that differs from
@@ -230,14 +206,21 @@ def read_label(path: Path, image: Volume, lesion_labels: Sequence[int] | None = 
     """
     label = _read(path, 3, None)
     values = np.unique(label.array)
-    usable = np.isin(values, (0, 1)) if lesion_labels is None else values == np.rint(values)
+    whole = np.rint(values)
+    near = np.abs(values - whole) <= _ROUNDING * np.maximum(1, np.abs(whole))
+    if near.all() and (values != whole).any():
+        np.rint(label.array, out=label.array)
+    usable = near & np.isin(whole, (0, 1)) if lesion_labels is None else near
     if not usable.all():
-        shown = ", ".join(f"{value:g}" for value in values[:6])
+        shown = values if len(values) <= 6 else values[~usable][:6]
+        listed = ", ".join(f"{value:.7g}" for value in shown)
         raise InputError(
             path,
-            f"has labels {shown}",
+            f"has labels {listed}" + ("" if len(values) <= 6 else " and others"),
             "expected 0 and 1 only: set the lesion to 1, the rest to 0, or name the values that "
-            "are lesions in lesion_labels",
+            "are lesions in lesion_labels"
+            if lesion_labels is None
+            else "expected whole numbers: export it without interpolation",
         )
     if lesion_labels is not None:
         label.array = np.isin(label.array, lesion_labels).astype(np.float32)
@@ -259,11 +242,10 @@ def read_residual(path: Path, image: Volume, scratch: Scratch | None = None) -> 
 def read_description(path: Path) -> str | None:
     """The description in the header of a file that is there and whole, else None."""
     try:
-        _check_stream(path)
-        image: Any = nib.load(path)
-        return image.header["descrip"].item().decode("latin-1")
-    except (ImageFileError, EOFError, OSError, zlib.error, KeyError):
+        image, _ = open_nifti(path)
+    except InputError:
         return None
+    return image.header["descrip"].item().decode("latin-1")
 
 
 def write_volume(
@@ -290,7 +272,9 @@ def write_volume(
     if description is not None:
         header["descrip"] = description
     kind = nib.Nifti2Image if isinstance(like.header, nib.Nifti2Header) else nib.Nifti1Image
-    image = kind(array, like.affine, header)
+    affine = like.affine.copy()
+    affine[:3] /= millimeters(like.header)  # back to the unit of the file
+    image = kind(array, affine, header)
     try:
         return write_whole(path, lambda temporary: nib.save(image, temporary))
     except OSError as error:
