@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from grcsf_kernels.engine.data import (
     find_cases,
     residual_path,
 )
+from grcsf_kernels.engine.diagnosis import NotFiniteError, cause_named
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import remove_leftovers
 from grcsf_kernels.engine.finished import Fingerprint, is_finished
+from grcsf_kernels.engine.finite import is_finite
 from grcsf_kernels.engine.provenance import compare_maps, read_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, for_each, warn
@@ -39,8 +42,8 @@ from grcsf_kernels.engine.windows import (
     SlidingWindow,
     inference_device,
     mirrors_of,
+    named_by_case,
     network_predictor,
-    out_of_memory_named,
 )
 from grcsf_kernels.nn import RCU
 
@@ -115,7 +118,7 @@ def predict(
     Path(output).mkdir(parents=True, exist_ok=True)
     kinds = ["mask"] + ["probability"] * config.probabilities + ["uncertainty"] * config.uncertainty
 
-    @out_of_memory_named
+    @named_by_case
     def work(case: Case) -> Path:
         outputs = {kind: Path(output) / f"{case.name}_{kind}.nii.gz" for kind in kinds}
         cached = None
@@ -213,7 +216,7 @@ class _Ensemble:
     """Networks of which the mean probability counts.
 
     Attributes:
-        members: the networks on the device, with the windows of each.
+        members: model file, network on the device, its residual maps and windows, of each.
         data: the preprocessing of all.
         channels: of the images that they take.
         num_maps: residual maps that they take; 0: none does.
@@ -221,7 +224,7 @@ class _Ensemble:
         config: settings.
     """
 
-    members: list[tuple[nn.Module, int, SlidingWindow]]
+    members: list[tuple[Path, nn.Module, int, SlidingWindow]]
     data: DataConfig
     channels: int
     num_maps: int
@@ -261,7 +264,7 @@ class _Ensemble:
         device = inference_device(config.device)
         scratch = Scratch(Path(), config.accumulate, 0)
         members = []
-        for checkpoint in loaded:
+        for path, checkpoint in zip(paths, loaded, strict=True):
             for module in checkpoint.model.modules():
                 if isinstance(module, RCU):
                     module.score_threshold = config.rcu_threshold
@@ -272,13 +275,20 @@ class _Ensemble:
                 device,
                 scratch.sums_on(device),
                 config.skip_air,
+                -math.inf,  # the logit of a probability of 0
             )
-            members.append((checkpoint.model.to(device), _maps_of(checkpoint), windows))
+            network = checkpoint.model.to(device)
+            members.append((path, network, _maps_of(checkpoint), windows))
         made_by = [checkpoint.maps for checkpoint in loaded if _maps_of(checkpoint)]
         return cls(members, data, channels, num_maps, made_by, config)
 
     def probability(self, sample: Sample, scratch: Scratch) -> Tensor:
-        """Mean over networks and mirrored windows, [1, *S]: blended logits, then the sigmoid."""
+        """Mean over networks and mirrored windows, [1, *S]: blended logits, then the sigmoid.
+
+        Raises:
+            InputError: the case has another number of residual maps.
+            NotFiniteError: a network gives NaN or Inf.
+        """
         if sample.residual is not None and sample.residual.shape[0] != self.num_maps:
             raise InputError(
                 sample.case.image,
@@ -287,20 +297,22 @@ class _Ensemble:
                 "use the autoencoders that the model was trained with",
             )
         passes = [
-            (network, count, windows, mirrored)
-            for network, count, windows in self.members
+            (*member, mirrored)
+            for member in self.members
             for mirrored in mirrors_of(sorted(set(self.config.mirror_axes)))
         ]
-        device = self.members[0][2].device
+        device = self.members[0][3].device
         space = sample.image.shape[1:]
         mean = scratch.results(1, space, self.config.precision, device)
-        for index, (network, count, windows, mirrored) in enumerate(passes):
-            take = _add_to(mean, 1 / len(passes), index == 0, self.config.skip_air)
-            sources = [sample.image.as_tensor()]
+        for index, (path, network, count, windows, mirrored) in enumerate(passes):
+            take = _add_to(mean, 1 / len(passes), index == 0)
+            given = {"image": sample.image.as_tensor()}
             if count:
                 assert sample.residual is not None
-                sources.append(sample.residual)
-            windows(network_predictor(network, count, mirrored), sources, 1, take, scratch.release)
+                given["residual maps"] = sample.residual
+            predictor = network_predictor(network, count, mirrored)
+            with cause_named(str(path), network, given):
+                windows(predictor, list(given.values()), 1, take, scratch.release)
         return mean
 
 
@@ -313,16 +325,11 @@ def _maps_of(checkpoint: Checkpoint) -> int:
     return int(model.num_maps) if model.use_rcu else 0  # type: ignore[arg-type]
 
 
-def _add_to(
-    mean: Tensor, share: float, first: bool, skip_air: bool
-) -> Callable[[slice, Tensor], None]:
+def _add_to(mean: Tensor, share: float, first: bool) -> Callable[[slice, Tensor], None]:
     """Adds the probabilities of logits to their mean."""
 
     def take(planes: slice, logits: Tensor) -> None:
-        probability = torch.sigmoid(logits) * share
-        if skip_air:  # not a number where no window covers the voxel
-            probability = probability.nan_to_num(nan=0.0)
-        probability = probability.to(mean.device)
+        probability = (torch.sigmoid(logits) * share).to(mean.device)
         slab = mean[..., planes]
         slab.copy_(probability if first else slab + probability)
 
@@ -336,6 +343,15 @@ def entropy(probability: np.ndarray) -> np.ndarray:
     return np.where((probability <= 0) | (probability >= 1), 0, bits).astype(np.float32)
 
 
+def _finite(probability: np.ndarray) -> np.ndarray:
+    """The same: of NaN a threshold would make background."""
+    if not is_finite(torch.from_numpy(probability)):
+        raise NotFiniteError(
+            "has no finite probabilities in the space of its file", "export it with its geometry"
+        )
+    return probability
+
+
 def _restored(
     probability: Tensor,
     placement: Placement,
@@ -346,9 +362,9 @@ def _restored(
 ) -> dict[str, np.ndarray]:
     """Mask, and what was asked for beside it, [X, Y, Z] in the space of the file."""
     types: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "mask": lambda p: p >= config.threshold,
-        "probability": lambda p: p,
-        "uncertainty": entropy,
+        "mask": lambda p: _finite(p) >= config.threshold,
+        "probability": _finite,
+        "uncertainty": lambda p: entropy(_finite(p)),
     }
     results = {
         kind: scratch.volume(1, shape, np.uint8 if kind == "mask" else np.float32)[0]

@@ -21,9 +21,11 @@ from grcsf_kernels.engine.data import (
     find_cases,
     residual_path,
 )
+from grcsf_kernels.engine.diagnosis import NotFiniteError, cause_named
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import remove_leftovers
 from grcsf_kernels.engine.finished import Fingerprint, is_finished
+from grcsf_kernels.engine.finite import is_finite
 from grcsf_kernels.engine.loop import seed_of
 from grcsf_kernels.engine.provenance import describe_maps, save_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
@@ -31,7 +33,7 @@ from grcsf_kernels.engine.report import Report, for_each
 from grcsf_kernels.engine.restore import load_placed
 from grcsf_kernels.engine.scratch import Scratch, slabs
 from grcsf_kernels.engine.volumes import write_volume
-from grcsf_kernels.engine.windows import SlidingWindow, inference_device, out_of_memory_named
+from grcsf_kernels.engine.windows import SlidingWindow, inference_device, named_by_case
 from grcsf_kernels.models import MaskedAutoencoder
 from grcsf_kernels.nn import ResidualMaps
 from grcsf_kernels.nn.masking import masks_per_round
@@ -70,6 +72,7 @@ class VolumeMaps:
         self.patch = _autoencoder(first).patch_size
         self.channels = _autoencoder(first).in_channels
         self.description = describe_maps([c.model for c in checkpoints], config)
+        self._names = " or ".join(str(path) for _, path in loaded)
         self._crop, self._config = first.crop_size, config
         try:
             self._maps = ResidualMaps(
@@ -103,6 +106,7 @@ class VolumeMaps:
 
         Raises:
             MemoryError: there is no room for a window.
+            NotFiniteError: an autoencoder gives NaN or Inf, or maps that ``precision`` can't hold.
         """
         config = self._config
         scratch = Scratch(Path(), "cpu", math.inf) if scratch is None else scratch
@@ -116,8 +120,6 @@ class VolumeMaps:
             return self._maps.raw(window, torch.Generator().manual_seed(seed))
 
         def take(planes: slice, values: Tensor) -> None:
-            if config.skip_air:
-                values = values.nan_to_num(nan=0.0)
             ranges.append(torch.stack(values.flatten(1).aminmax(dim=1)))
             maps[..., planes] = values.to(maps.device)
 
@@ -130,7 +132,8 @@ class VolumeMaps:
             scratch.sums_on(self._device),
             config.skip_air,
         )
-        windows(predictor, [image], count, take, scratch.release)
+        with cause_named(self._names, self._maps, {"image": image}):
+            windows(predictor, [image], count, take, scratch.release)
         found = torch.stack(ranges)
         _rescale(maps, found[:, 0].amin(0), found[:, 1].amax(0), scratch)
         return maps
@@ -143,7 +146,14 @@ def _rescale(maps: Tensor, low: Tensor, high: Tensor, scratch: Scratch) -> None:
         for planes in slabs(maps[0, :, :, 0].numel(), maps.shape[-1]):
             slab = maps[index, ..., planes]
             scaled = (slab.float() - low[index].to(maps.device)) / span
-            slab.copy_(scaled if span > 0 else torch.zeros_like(scaled))
+            # Maps in float16 before they are rescaled have a largest number.
+            if not is_finite(scaled) and span != 0:
+                raise NotFiniteError(
+                    f"residual map {index + 1} reaches {float(high[index]):.3g} before it is "
+                    "rescaled",
+                    "set residuals.precision to float32, and look for extreme values in the image",
+                )
+            slab.copy_(scaled if span != 0 else torch.zeros_like(scaled))
             scratch.release()
 
 
@@ -192,7 +202,7 @@ def cache_residuals(
     cases = shard(found)
     save_maps(output, maps.description)
 
-    @out_of_memory_named
+    @named_by_case
     def work(case: Case) -> Path:
         path = residual_path(output, case)
         description = fingerprint.of(case.name, case.images)

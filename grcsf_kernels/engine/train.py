@@ -25,6 +25,7 @@ from grcsf_kernels.engine.data import (
     load_sample,
     residual_path,
 )
+from grcsf_kernels.engine.diagnosis import NotFiniteError
 from grcsf_kernels.engine.distributed import launch, on_first
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loader import MicroBatch, one_thread
@@ -217,7 +218,13 @@ def _validate(
     scores = []
     for index in range(len(samples)):
         sample = samples[index]
-        logits = predict_logits(network, sample.image, sample.residual, config.crop_size, device)
+        try:
+            logits = predict_logits(
+                network, sample.image, sample.residual, config.crop_size, device
+            )
+        except NotFiniteError as error:  # a NaN is no lesion, and the score would be one
+            problem = f"{error.problem}, in the validation after epoch {epoch + 1}"
+            raise InputError(sample.case.image, problem, error.remedy) from error
         assert sample.label is not None
         predicted, label = (logits[0] > 0).numpy(), sample.label[0].numpy() > 0
         scores.append(dice(predicted, label))

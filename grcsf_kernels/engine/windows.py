@@ -15,8 +15,10 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor, nn
 
 from grcsf_kernels.engine.data import Case
+from grcsf_kernels.engine.diagnosis import NotFiniteError, cause_named
 from grcsf_kernels.engine.distributed import make_fabric
 from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.finite import is_finite
 from grcsf_kernels.engine.report import warn
 from grcsf_kernels.engine.scratch import slabs
 
@@ -36,13 +38,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def out_of_memory_named(work: Callable[[Case], Path]) -> Callable[[Case], Path]:
-    """Running out of memory on a case becomes an InputError that names it: others may fit."""
+def named_by_case(work: Callable[[Case], Path]) -> Callable[[Case], Path]:
+    """Values that are not finite, and running out of memory, become an InputError of the case.
+
+    Neither says anything of other cases.
+    """
 
     @functools.wraps(work)
     def run(case: Case) -> Path:
         try:
             return work(case)
+        except NotFiniteError as error:
+            raise InputError(case.image, error.problem, error.remedy) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -83,7 +90,8 @@ class SlidingWindow:
         device: where the network runs.
         sums: where the sums are; None: on ``device``.
         skip_air: leave out windows in which the first source is 0 everywhere. Their neighbors
-            alone decide the voxels that they cover; a voxel that no window covers gets NaN.
+            alone decide the voxels that they cover; a voxel that no window covers gets ``air``.
+        air: the value of such voxels.
     """
 
     def __init__(
@@ -94,9 +102,10 @@ class SlidingWindow:
         device: torch.device,
         sums: torch.device | None = None,
         skip_air: bool = False,
+        air: float = 0.0,
     ) -> None:
         self.size, self.overlap, self.batch = tuple(size), overlap, batch
-        self.device, self.skip_air = device, skip_air
+        self.device, self.skip_air, self.air = device, skip_air, air
         self._sums = device if sums is None else sums
 
     def windows(self, space: Sequence[int]) -> list[tuple[int, Window]]:
@@ -131,16 +140,18 @@ class SlidingWindow:
             predictor: the network; gets the sources of each window, one channel after the other.
             sources: [C, X, Y, Z] each, of any floating dtype; windows are float32.
             channels: that the predictor returns.
-            take: gets every plane once, in order.
+            take: gets every plane once, in order; its values are finite, but for ``air``.
             done: called whenever planes are finished.
 
         Raises:
             MemoryError: there is no room for a single window.
+            NotFiniteError: the predictor gives NaN or Inf somewhere in the volume.
         """
         space = tuple(sources[0].shape[1:])
         padding = [max(least - size, 0) // 2 for size, least in zip(space, self.size, strict=True)]
         weight = compute_importance_map(self.size, mode="gaussian", device=self._sums)
-        planes = _Planes(space, padding, channels, weight, take)
+        air = self.air if self.skip_air else None
+        planes = _Planes(space, padding, channels, weight, take, air)
         waiting = self.windows(space)
         while waiting:
             batch = waiting[: self.batch]
@@ -195,7 +206,10 @@ class SlidingWindow:
 
 
 class _Planes:
-    """Weighted sums of the planes that are not finished yet."""
+    """Weighted sums of the planes that are not finished yet.
+
+    ``air`` is the value where no window was added; None: windows are everywhere.
+    """
 
     def __init__(
         self,
@@ -204,12 +218,13 @@ class _Planes:
         channels: int,
         weight: Tensor,
         take: Take,
+        air: float | None,
     ) -> None:
         padded = [max(size, least) for size, least in zip(space, weight.shape, strict=True)]
         self._sums = weight.new_zeros((channels + 1, *padded[:-1], weight.shape[-1]))
         self._first, self._depth = 0, padded[-1]
         self._space, self._padding = tuple(space), tuple(padding)
-        self._weight, self._take = weight, take
+        self._weight, self._take, self._air = weight, take, air
 
     def add(self, window: Window, result: Tensor) -> None:
         """Add [channels, *window]; nothing before the planes that are kept."""
@@ -239,13 +254,23 @@ class _Planes:
         for planes in slabs(math.prod(self._space[:-1]), stop - start):
             first, end = start + planes.start, start + planes.stop
             place = (slice(None), *inside, slice(first + shift, end + shift))
-            finished = self._sums[place]
-            self._take(slice(first, end), finished[:-1] / finished[-1:])
+            self._take(slice(first, end), self._blended(self._sums[place]))
         rest = self._sums.shape[-1] - count
         for channel in self._sums:  # one by one: the copies between would take as much memory
             channel[..., :rest] = channel[..., count:].clone()
             channel[..., rest:] = 0
         self._first += count
+
+    def _blended(self, sums: Tensor) -> Tensor:
+        weights = sums[-1:]
+        # Told by the weights: a NaN says nothing of where windows were.
+        empty = None if self._air is None else weights == 0
+        values = sums[:-1] / (weights if empty is None else weights.masked_fill(empty, 1))
+        if not is_finite(values):
+            raise NotFiniteError("has NaN or infinite logits", "look at image and weights")
+        if empty is not None and self._air:
+            values.masked_fill_(empty, self._air)
+        return values
 
 
 def mirrors_of(axes: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -281,15 +306,21 @@ def predict_logits(
     device: torch.device,
     overlap: float = 0.5,
 ) -> Tensor:
-    """Logits [1, *S] on the CPU of an image [C, *S] and maps [K, *S], in blended windows."""
-    sources = [torch.as_tensor(image).as_subclass(Tensor)]
+    """Logits [1, *S] on the CPU of an image [C, *S] and maps [K, *S], in blended windows.
+
+    Raises:
+        NotFiniteError: some are NaN or infinite.
+    """
+    given = {"image": torch.as_tensor(image).as_subclass(Tensor)}
     if residual is not None:
-        sources.append(torch.as_tensor(residual).as_subclass(Tensor))
+        given["residual maps"] = torch.as_tensor(residual).as_subclass(Tensor)
     logits = torch.empty((1, *image.shape[1:]))
 
     def take(planes: slice, values: Tensor) -> None:
         logits[..., planes] = values.cpu()
 
     maps = 0 if residual is None else residual.shape[0]
-    SlidingWindow(crop_size, overlap, 2, device)(network_predictor(network, maps), sources, 1, take)
+    windows = SlidingWindow(crop_size, overlap, 2, device)
+    with cause_named("the network", network, given):
+        windows(network_predictor(network, maps), list(given.values()), 1, take)
     return logits

@@ -20,7 +20,7 @@ def gated(
     patch_size: int | Sequence[int] | None,
     threshold: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`grcsf_kernels.rcu` where the score of a patch is at least ``threshold``, else x.
+    """:func:`grcsf_kernels.rcu` where the score of a patch is not below ``threshold``, else x.
 
     The scores come first, from the means of all patches. The patches that remain are gathered,
     those of one shape (edge patches are smaller) in one batch, and each is a volume of one patch
@@ -55,7 +55,7 @@ def gated(
         with torch.autocast(x.device.type, enabled=False):
             found = _scores(own, other, weight1, bias1, weight2, bias2)
         scores[region.grid] = found
-        chosen = found >= threshold
+        chosen = ~(found < threshold)  # a score of NaN leaves no patch out: it has to show
         if not chosen.any():
             continue
         # One sample for each patch now: its bias is that of the sample it came from.

@@ -28,12 +28,16 @@ class Autoencoder(Protocol):
 
 
 def rescale(maps: Tensor) -> Tensor:
-    """Each map [*S] of ``maps`` [B, K, *S] to [0, 1] by its own range; a constant map to zeros."""
+    """Each map [*S] of ``maps`` [B, K, *S] to [0, 1] by its own range; a constant map to zeros.
+
+    NaN and Inf are not hidden: a map with one of them has NaN.
+    """
     low, high = maps.flatten(2).aminmax(dim=2)
     axes = [1] * (maps.ndim - 2)
     low, high = (bound.reshape(*bound.shape, *axes) for bound in (low, high))
     span = high - low
-    return torch.where(span > 0, (maps - low) / span.clamp(min=torch.finfo(maps.dtype).tiny), 0)
+    scaled = (maps - low) / span.clamp(min=torch.finfo(maps.dtype).tiny)
+    return torch.where(span == 0, 0, scaled)  # not span > 0: that is false for NaN
 
 
 class ResidualMaps(nn.Module):

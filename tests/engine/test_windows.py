@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from monai.inferers import sliding_window_inference
 
 from grcsf_kernels.engine import scratch
+from grcsf_kernels.engine.diagnosis import NotFiniteError
 from grcsf_kernels.engine.windows import SlidingWindow, is_out_of_memory, mirrors_of
 
 CPU = torch.device("cpu")
@@ -125,8 +126,25 @@ def test_windows_of_air_are_left_out():
     assert 0 < len(numbers) < total / 4
     lesion = image > 0
     torch.testing.assert_close(found[lesion], image[lesion])
-    assert torch.isnan(found[..., :20]).all() and torch.isnan(found[..., 35:]).all()
-    assert (found.nan_to_num() >= 0).all()
+    assert (found >= 0).all()
+    marked = run(SlidingWindow(size, 0.5, 3, CPU, skip_air=True, air=-9.0), [image], predictor, 1)
+    assert (marked[..., :20] == -9).all() and (marked[..., 35:] == -9).all()
+    assert torch.equal(found, marked.clamp(min=0))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("skip_air", [False, True])
+@pytest.mark.parametrize("size", [(4, 4, 4), (12, 9, 30)])  # also larger than the volume
+def test_values_that_are_not_finite_are_refused(value, skip_air, size):
+    """Of one window's one voxel; NaN is not taken for a voxel that no window covers."""
+    image = torch.rand(1, 9, 8, 17) + 0.1
+    image[..., 12:] = 0
+
+    def predictor(windows, numbers):
+        return torch.where(windows == image.max(), value, windows)
+
+    with pytest.raises(NotFiniteError):
+        run(SlidingWindow(size, 0.5, 3, CPU, skip_air=skip_air), [image], predictor, 1)
 
 
 def test_mirrors():
