@@ -7,17 +7,20 @@ Where cases are: :mod:`grcsf_kernels.engine.layouts`. How a volume becomes a ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from monai.data import MetaTensor
+from rich.progress import track
 from torch import Tensor
 
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.layouts import Case, find_cases, find_labels
 from grcsf_kernels.engine.preprocessing import Preprocessing
+from grcsf_kernels.engine.report import Report, console
 from grcsf_kernels.engine.volumes import Volume, read_image, read_label, read_residual
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "find_cases",
     "find_labels",
     "load_sample",
+    "read_samples",
     "residual_path",
 ]
 
@@ -115,6 +119,58 @@ def check_size(sample: Sample, smallest: Sequence[int], what: str) -> None:
         )
 
 
+def read_samples(
+    cases: Sequence[Case],
+    load: Callable[[Case], Sample],
+    limit: float,
+    report: Report,
+    maps: int | None = None,
+) -> Samples:
+    """The cases that can be read and are of one kind: as many channels and residual maps.
+
+    Which number that is, most cases decide, not the first; of equally frequent numbers the one that
+    comes first. The others are reported.
+
+    Args:
+        cases: those to read.
+        load: reads and preprocesses a case.
+        limit: see :class:`Samples`.
+        report: takes the cases that can't be used.
+        maps: the number of residual maps, where it is known; None: as for channels.
+    """
+    samples = Samples(load, limit)
+    kinds: dict[Case, tuple[int, int]] = {}
+    for case in track(cases, "reading", console=console, disable=console.quiet):
+        try:
+            sample = load(case)
+        except InputError as error:
+            report.skip(case.image, str(error))
+            continue
+        found = 0 if sample.residual is None else sample.residual.shape[0]
+        kinds[case] = (sample.image.shape[0], found)
+        samples.add(case, sample)
+    usual = _most(channels for channels, _ in kinds.values())
+    maps = _most(found for _, found in kinds.values()) if maps is None else maps
+    for case, (channels, found) in kinds.items():
+        if channels != usual:
+            problem = f"has {channels} channel(s), and the others have {usual}"
+            remedy = "name images with the same channels in the same order"
+        elif found != maps:
+            problem = f"has {found} residual maps, and the others have {maps}"
+            remedy = "run grcsf residuals on all cases again"
+        else:
+            continue
+        samples.remove(case)
+        report.skip(case.image, f"{case.image}: {problem}; {remedy}")
+    return samples
+
+
+def _most(numbers: Iterable[int]) -> int:
+    """The most frequent one; 0 of none."""
+    ranked = Counter(numbers).most_common(1)
+    return ranked[0][0] if ranked else 0
+
+
 def check_channels(sample: Sample, expected: int, what: str) -> None:
     """InputError where the image has another number of channels than ``what`` takes."""
     found = sample.image.shape[0]
@@ -124,6 +180,12 @@ def check_channels(sample: Sample, expected: int, what: str) -> None:
             f"has {found} channel(s), and {what} {expected}",
             "name images with the same channels in the same order",
         )
+
+
+def _size(sample: Sample) -> int:
+    """Bytes of its tensors."""
+    tensors = (sample.image, sample.label, sample.residual)
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 class Samples:
@@ -141,12 +203,18 @@ class Samples:
 
     def add(self, case: Case, sample: Sample) -> None:
         """Take a case that was loaded."""
-        tensors = (sample.image, sample.label, sample.residual)
-        size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        size = _size(sample)
         self.cases.append(case)
         if size <= self._left:
             self._left -= size
             self._kept[case] = sample
+
+    def remove(self, case: Case) -> None:
+        """Leave a case out again, and give up its memory."""
+        self.cases.remove(case)
+        sample = self._kept.pop(case, None)
+        if sample is not None:
+            self._left += _size(sample)
 
     def __len__(self) -> int:
         return len(self.cases)

@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from grcsf_kernels.engine.cache import CachedCases
@@ -20,17 +19,17 @@ from grcsf_kernels.engine.data import (
     Preprocessing,
     Sample,
     Samples,
-    check_channels,
     check_size,
     find_cases,
     load_sample,
+    read_samples,
 )
 from grcsf_kernels.engine.distributed import launch, on_first
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.loader import MicroBatch, one_thread
 from grcsf_kernels.engine.logs import Logs
 from grcsf_kernels.engine.loop import Task, fit, saving, seed_of
-from grcsf_kernels.engine.report import Report, console
+from grcsf_kernels.engine.report import Report
 from grcsf_kernels.models import MaskedAutoencoder
 from grcsf_kernels.nn.masking import random_masks
 
@@ -164,17 +163,8 @@ def _load(data: Path, config: PretrainConfig, report: Report) -> Samples:
         check_size(sample, config.model.patch_size, "the autoencoder's patch")
         return sample
 
-    samples = Samples(load, config.optimization.cache_gb * 1e9)
     cases = find_cases(data, report, labels=False, suffixes=config.data.bids_suffixes)
-    for case in track(cases, "reading", console=console, disable=console.quiet):
-        try:
-            sample = load(case)
-            channels = samples[0].image.shape[0] if samples else sample.image.shape[0]
-            check_channels(sample, channels, "the others have")
-        except InputError as error:
-            report.skip(case.image, str(error))
-        else:
-            samples.add(case, sample)
+    samples = read_samples(cases, load, config.optimization.cache_gb * 1e9, report)
     if not samples:
         raise InputError(data, "no image can be used", "see the reasons above")
     return samples

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from grcsf_kernels.engine.cache import CachedCases
@@ -20,9 +19,9 @@ from grcsf_kernels.engine.data import (
     Preprocessing,
     Sample,
     Samples,
-    check_channels,
     find_cases,
     load_sample,
+    read_samples,
     residual_path,
 )
 from grcsf_kernels.engine.diagnosis import NotFiniteError
@@ -34,7 +33,7 @@ from grcsf_kernels.engine.loop import Task, fit, saving
 from grcsf_kernels.engine.losses import DiceFocal
 from grcsf_kernels.engine.metrics import dice
 from grcsf_kernels.engine.provenance import read_maps
-from grcsf_kernels.engine.report import Report, console
+from grcsf_kernels.engine.report import Report
 from grcsf_kernels.engine.splits import save_split, split
 from grcsf_kernels.engine.windows import predict_logits
 from grcsf_kernels.models import GRCSF
@@ -179,8 +178,6 @@ def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Repor
             [to_dict(config.data), config.lesion_labels],
             None if residuals is None else functools.partial(residual_path, residuals),
         )
-    samples = Samples(load, config.optimization.cache_gb * 1e9)
-    expected: tuple[int, int] | None = None
     cases = find_cases(
         data,
         report,
@@ -188,23 +185,9 @@ def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Repor
         suffixes=config.data.bids_suffixes,
         lesion_labels=config.lesion_labels,
     )
-    for case in track(cases, "reading", console=console, disable=console.quiet):
-        try:
-            sample = load(case)
-            maps = 0 if sample.residual is None else sample.residual.shape[0]
-            expected = (sample.image.shape[0], maps) if expected is None else expected
-            check_channels(sample, expected[0], "the others have")
-        except InputError as error:
-            report.skip(case.image, str(error))
-            continue
-        if maps != expected[1]:
-            report.skip(
-                case.image,
-                f"{case.image}: has {maps} residual maps and the others {expected[1]}; "
-                "run grcsf residuals on all cases again",
-            )
-            continue
-        samples.add(case, sample)
+    made_by = None if residuals is None else read_maps(residuals)
+    maps = None if made_by is None else len(made_by["autoencoders"])
+    samples = read_samples(cases, load, config.optimization.cache_gb * 1e9, report, maps)
     if not samples:
         raise InputError(data, "no case can be used", "see the reasons above")
     return samples

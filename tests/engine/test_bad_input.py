@@ -13,6 +13,7 @@ import torch
 from engine.conftest import (
     AFFINE,
     blob,
+    make_autoencoders,
     pretrain_config,
     residuals_config,
     train_config,
@@ -343,3 +344,41 @@ def test_the_error_crosses_processes() -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert str(copy) == str(error) == "a.nii.gz: is empty; leave it out"
     assert (copy.where, copy.problem, copy.remedy) == (error.where, error.problem, error.remedy)
+
+
+class TestTheFirstCase:
+    """The first case is the one that differs from the others."""
+
+    def spoil(self, folder, tmp_path):
+        """nnU-Net's layout has channels; without dataset.json each case has those it has."""
+        data = tmp_path / "channels"
+        for index in range(3):
+            image = blob(index)[0]
+            for channel in range(1 if index == 0 else 2):
+                write(data / f"case{index}_000{channel}.nii.gz", image * (channel + 1))
+        return data
+
+    def test_most_cases_decide_on_the_number_of_channels(self, folder, tmp_path):
+        data = self.spoil(folder, tmp_path)
+        report = engine.Report()
+        paths = engine.pretrain(data, tmp_path / "mae", pretrain_config(epochs=1), report)
+        check_line(report, data / "case0_0000.nii.gz", "has 1 channel(s), and the others have 2")
+        assert load_checkpoint(paths[0], "MaskedAutoencoder").model.in_channels == 2
+
+    @pytest.mark.parametrize("described", [True, False])
+    def test_most_cases_decide_on_the_number_of_maps(self, folder, tmp_path, described):
+        autoencoders = make_autoencoders(tmp_path)
+        engine.cache_residuals(folder, autoencoders, tmp_path / "maps", residuals_config())
+        maps = tmp_path / "maps/case0_residual.nii.gz"
+        image = nib.load(maps)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[..., :1], image.affine), maps)
+        if not described:
+            (tmp_path / "maps/residuals.json").unlink()
+        report = engine.Report()
+        model = engine.train(
+            folder, tmp_path / "run", train_config(epochs=1), tmp_path / "maps", report
+        )
+        check_line(
+            report, folder / "case0_image.nii.gz", "has 1 residual maps, and the others have 2"
+        )
+        assert load_checkpoint(model, "GRCSF").model.num_maps == 2
