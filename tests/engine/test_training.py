@@ -202,12 +202,12 @@ def test_killed_at_any_point(folder, tmp_path):
         assert done.returncode == -signal.SIGKILL, done.stderr
         state = torch.load(tmp_path / "run/model.state", weights_only=True)
         assert state["done"] == steps
-    assert len(list((tmp_path / "run").glob(".*.tmp.model.state"))) == 1
+    assert len(list((tmp_path / "run").glob(".grcsf-*.tmp"))) == 1
     path = engine.train(folder, tmp_path / "run", processes.interrupted())
     assert same(load_file(whole), load_file(path))
     states = [torch.load(p.with_suffix(".state"), weights_only=True) for p in (whole, path)]
     assert states[0]["best"] == states[1]["best"] and same(*(s["average"] for s in states))
-    assert not list((tmp_path / "run").glob(".*.tmp.*"))
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_what_may_change_between_runs(folder, tmp_path):
