@@ -51,6 +51,26 @@ inline DType dtype_of(const DLDataType& type, const char* argument) {
   throw pybind11::type_error(std::string(argument) + " has a DLPack dtype that no kernel takes");
 }
 
+// Gives axes of size 1 the strides of a dense tensor in the view's layout. Whatever stands there
+// means nothing, and writers disagree: torch passes on what a view left, or 1 (2.6 to 2.9).
+inline void set_strides_of_single_axes(TensorView& view) {
+  bool channels_last = view.axes >= 4 && view.shape[1] > 1 && view.strides[1] == 1;
+  if (channels_last) {
+    // A tensor of one voxel is contiguous.
+    channels_last = false;
+    for (int axis = 2; axis < view.axes; ++axis) channels_last |= view.shape[axis] > 1;
+  }
+  std::int64_t stride = 1;
+  const auto visit = [&](int axis) {
+    if (view.shape[axis] == 1) view.strides[axis] = stride;
+    stride *= view.shape[axis];
+  };
+  if (channels_last) visit(1);
+  for (int axis = view.axes - 1; axis >= 0; --axis) {
+    if (!channels_last || axis != 1) visit(axis);
+  }
+}
+
 // Reads a capsule without consuming it: the caller's capsule keeps the memory for the whole call.
 inline TensorView view_of(const pybind11::object& capsule, const char* argument) {
   TensorView view;
@@ -79,6 +99,7 @@ inline TensorView view_of(const pybind11::object& capsule, const char* argument)
     view.strides[axis] = tensor.strides == nullptr ? contiguous : tensor.strides[axis];
     contiguous *= tensor.shape[axis];
   }
+  set_strides_of_single_axes(view);
   return view;
 }
 

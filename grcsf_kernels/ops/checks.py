@@ -149,16 +149,29 @@ def layout_of(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
 
 
+def strides_of(shape: Sequence[int], layout: torch.memory_format) -> tuple[int, ...]:
+    """The strides of a dense tensor in a layout, also of axes of size 1: those of torch.empty."""
+    order = [*range(len(shape) - 1, -1, -1)]
+    if layout != torch.contiguous_format:
+        order = [1, *range(len(shape) - 1, 1, -1), 0]
+    strides, stride = [0] * len(shape), 1
+    for axis in order:
+        strides[axis] = stride
+        stride *= max(shape[axis], 1)
+    return tuple(strides)
+
+
 def dense(tensor: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """``tensor`` in ``layout``, with that layout's own strides even on axes of size 1."""
+    """``tensor`` in ``layout``, with that layout's own strides even on axes of size 1.
+
+    Everything that a kernel reads, and everything that an operator returns, goes through here. The
+    stride of an axis of size 1 means nothing: NumPy, ``unsqueeze`` and torch.compile leave any
+    number there, and torch calls the tensor contiguous all the same.
+    """
     tensor = tensor.contiguous(memory_format=layout)
-    if 1 not in tensor.shape and tensor.numel() > 0:
-        return tensor
-    canonical = torch.empty_like(tensor, device="meta", memory_format=layout).stride()
-    if tensor.stride() != canonical:
-        # Same bytes: torch leaves any stride on an axis of size 1, kernels and fakes want one.
-        tensor = tensor.as_strided(tensor.shape, canonical)
-    return tensor
+    strides = strides_of(tensor.shape, layout)
+    # The same bytes: only strides of axes of size 1 differ, or those of a tensor without values.
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
 def empty(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:

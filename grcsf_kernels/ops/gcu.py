@@ -101,8 +101,8 @@ def _forward(
     compensated, dissimilarity = dispatch.implementation("gcu", skip).forward(
         checks.dense(skip, layout),
         checks.dense(deep, layout),
-        skip_gate.contiguous(),
-        deep_gate.contiguous(),
+        checks.dense(skip_gate),
+        checks.dense(deep_gate),
         compensation,
         eps,
     )
@@ -143,16 +143,16 @@ def _backward(
         checks.dense(grad_dissimilarity),
         checks.dense(skip, layout),
         checks.dense(deep, layout),
-        skip_gate.contiguous(),
-        deep_gate.contiguous(),
+        checks.dense(skip_gate),
+        checks.dense(deep_gate),
         compensation,
         eps,
         needs,
     )
     grad_skip, grad_deep, grad_skip_gate, grad_deep_gate = grads
     return (
-        registration.given(None if grad_skip is None else checks.dense(grad_skip, layout), skip),
-        registration.given(None if grad_deep is None else checks.dense(grad_deep, layout), deep),
+        registration.given(grad_skip, skip, layout),
+        registration.given(grad_deep, deep, layout),
         registration.given(grad_skip_gate, skip_gate),
         registration.given(grad_deep_gate, deep_gate),
     )

@@ -160,11 +160,11 @@ def _forward(
     layout = checks.layout_of(x)
     out, scores = dispatch.implementation("rcu", x).forward(
         checks.dense(x, layout),
-        residual.contiguous(),
-        *(weight.contiguous() for weight in weights),
+        checks.dense(residual),
+        *(checks.dense(weight) for weight in weights),
         _patch_sizes(x, patch_size),
     )
-    return checks.dense(out, layout), scores
+    return checks.dense(out, layout), checks.dense(scores)
 
 
 def _forward_fake(
@@ -185,23 +185,20 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *weights, patch_size, needs = weights_and_options
     layout = checks.layout_of(x)
-    grads = list(
-        dispatch.implementation("rcu", x).backward(
-            checks.dense(grad_out, layout),
-            grad_scores.contiguous(),
-            scores.contiguous(),
-            checks.dense(x, layout),
-            residual.contiguous(),
-            *(weight.contiguous() for weight in weights),
-            _patch_sizes(x, patch_size),
-            needs,
-        )
+    grads = dispatch.implementation("rcu", x).backward(
+        checks.dense(grad_out, layout),
+        checks.dense(grad_scores),
+        checks.dense(scores),
+        checks.dense(x, layout),
+        checks.dense(residual),
+        *(checks.dense(weight) for weight in weights),
+        _patch_sizes(x, patch_size),
+        needs,
     )
-    if grads[0] is not None:
-        grads[0] = checks.dense(grads[0], layout)
+    layouts = [layout] + [torch.contiguous_format] * (1 + len(weights))
     return tuple(
-        registration.given(grad, like)
-        for grad, like in zip(grads, (x, residual, *weights), strict=True)
+        registration.given(grad, like, own)
+        for grad, like, own in zip(grads, (x, residual, *weights), layouts, strict=True)
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grcsf_kernels.ops import checks
+
 LIBRARY = torch.library.Library("grcsf", "DEF")
 
 # Custom operators get their inputs in the strides that were traced: the layout of an output follows
@@ -96,10 +98,12 @@ def cast_weight(tensor: Tensor) -> Tensor:
     return cast_data(tensor, torch.float32)
 
 
-def given(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """A gradient as a backward operator returns it: an empty tensor where it was not asked for."""
+def given(
+    gradient: Tensor | None, like: Tensor, layout: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """A gradient as a backward operator returns it: dense, or empty where it was not asked for."""
     # The size as a tuple: subclasses of tensors, as MONAI's, take nothing else.
-    return like.new_empty((0,)) if gradient is None else gradient
+    return like.new_empty((0,)) if gradient is None else checks.dense(gradient, layout)
 
 
 def asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -127,8 +127,8 @@ def _dense_arguments(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     return (
         checks.dense(image, checks.layout_of(image)),
-        prediction.contiguous(),
-        None if hidden is None else hidden.contiguous(),
+        checks.dense(prediction),
+        None if hidden is None else checks.dense(hidden),
     )
 
 
@@ -186,10 +186,8 @@ def _backward(
         eps,
         needs,
     )
-    if grad_image is not None:
-        grad_image = checks.dense(grad_image, layout)
     return (
-        registration.given(grad_image, image),
+        registration.given(grad_image, image, layout),
         registration.given(grad_prediction, prediction),
     )
 
