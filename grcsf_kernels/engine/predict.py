@@ -24,14 +24,13 @@ from grcsf_kernels.engine.data import (
     check_channels,
     check_size,
     find_cases,
-    residual_path,
 )
 from grcsf_kernels.engine.diagnosis import NotFiniteError, cause_named
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import remove_leftovers
 from grcsf_kernels.engine.finished import Fingerprint, is_finished
 from grcsf_kernels.engine.finite import is_finite
-from grcsf_kernels.engine.provenance import compare_maps, read_maps
+from grcsf_kernels.engine.provenance import CachedMaps, compare_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, for_each, warn
 from grcsf_kernels.engine.residuals import VolumeMaps
@@ -101,35 +100,44 @@ def predict(
                 "name the autoencoders (--autoencoder) or the cached maps (--residuals)",
             )
         maps = VolumeMaps(autoencoders, config.residuals)
+        autoencoders = maps.paths
         if maps.data != ensemble.data:
             raise InputError(
                 autoencoders[0],
                 "was trained with other preprocessing than the segmentation model",
                 "use the autoencoders that its residual maps came from",
             )
-    if ensemble.num_maps:
+    cached = CachedMaps(residuals) if ensemble.num_maps and residuals is not None else None
+    known = cached if maps is None else maps
+    if known is not None:
         where = Path(autoencoders[0] if residuals is None else residuals)
-        made_by = read_maps(where) if maps is None else maps.description
         for trained in ensemble.made_by:
-            for note in compare_maps(trained, made_by, where):
+            for note in compare_maps(trained, known.description, where):
                 warn(note)
     preprocessing = Preprocessing(ensemble.data)
     fingerprint = Fingerprint(config, [*paths, *(autoencoders if maps is not None else ())])
     Path(output).mkdir(parents=True, exist_ok=True)
     kinds = ["mask"] + ["probability"] * config.probabilities + ["uncertainty"] * config.uncertainty
 
-    @named_by_case
+    def paths_of(case: Case) -> dict[str, Path]:
+        return {kind: Path(output) / f"{case.name}_{kind}.nii.gz" for kind in kinds}
+
     def work(case: Case) -> Path:
-        outputs = {kind: Path(output) / f"{case.name}_{kind}.nii.gz" for kind in kinds}
-        cached = None
-        if ensemble.num_maps and residuals is not None:
-            cached = residual_path(residuals, case)
-            if not cached.is_file():
-                raise InputError(
-                    cached, "does not exist", "run grcsf residuals on the same data first"
-                )
-        inputs = [*case.images, *([] if cached is None else [cached])]
-        description = fingerprint.of(case.name, inputs)
+        try:
+            return segment(case)
+        except InputError as error:
+            # It is not removed: what went wrong may be the model or a path, and masks take time.
+            older = paths_of(case)["mask"]
+            if not older.is_file():
+                raise
+            remedy = f"{error.remedy}; {older} is there from an earlier call, and not of this one"
+            raise InputError(error.where, error.problem, remedy) from error
+
+    @named_by_case
+    def segment(case: Case) -> Path:
+        outputs = paths_of(case)
+        of_case = None if cached is None else cached.path(case)
+        description = fingerprint.of(case.name, case.images, of_case)
         if not overwrite and is_finished(outputs.values(), description):
             return outputs["mask"]
         for path in outputs.values():
@@ -138,8 +146,8 @@ def predict(
         sample, placement = load_placed(case, preprocessing, scratch)
         volume = sample.volume
         check_channels(sample, ensemble.channels, "the model takes")
-        if cached is not None:
-            kept = read_residual(cached, volume, scratch)
+        if of_case is not None:
+            kept = read_residual(of_case, volume, scratch)
             sample.residual = place_maps(kept, placement, config.precision, scratch)
             del kept
         if maps is not None:

@@ -49,6 +49,13 @@ class VolumeMaps:
         paths: model files of the autoencoders, one for each map.
         config: settings.
 
+    Attributes:
+        paths: the files in the order of the maps, by mask ratio.
+        description: what makes the maps (:func:`describe_maps`).
+        data: the preprocessing of the autoencoders.
+        patch: of the autoencoders, voxels per axis.
+        channels: of the images that they take.
+
     Raises:
         InputError: a file that is no autoencoder, or autoencoders that were trained differently.
     """
@@ -72,7 +79,8 @@ class VolumeMaps:
         self.patch = _autoencoder(first).patch_size
         self.channels = _autoencoder(first).in_channels
         self.description = describe_maps([c.model for c in checkpoints], config)
-        self._names = " or ".join(str(path) for _, path in loaded)
+        self.paths = [path for _, path in loaded]
+        self._names = " or ".join(str(path) for path in self.paths)
         self._crop, self._config = first.crop_size, config
         try:
             self._maps = ResidualMaps(
@@ -196,11 +204,11 @@ def cache_residuals(
     maps = VolumeMaps(autoencoders, config)
     preprocessing = Preprocessing(maps.data)
 
-    fingerprint = Fingerprint(config, autoencoders)
+    fingerprint = Fingerprint(config, maps.paths)
     Path(output).mkdir(parents=True, exist_ok=True)
     found = find_cases(data, report, labels=False, suffixes=maps.data.bids_suffixes)
     cases = shard(found)
-    save_maps(output, maps.description)
+    save_maps(output, maps.description | {"run": fingerprint.run})
 
     @named_by_case
     def work(case: Case) -> Path:

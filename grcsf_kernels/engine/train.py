@@ -32,7 +32,7 @@ from grcsf_kernels.engine.logs import Logs
 from grcsf_kernels.engine.loop import Task, fit, saving
 from grcsf_kernels.engine.losses import DiceFocal
 from grcsf_kernels.engine.metrics import dice
-from grcsf_kernels.engine.provenance import read_maps
+from grcsf_kernels.engine.provenance import CachedMaps
 from grcsf_kernels.engine.report import Report
 from grcsf_kernels.engine.splits import save_split, split
 from grcsf_kernels.engine.windows import predict_logits
@@ -75,13 +75,14 @@ def train(
         )
     residuals = residuals if config.model.use_rcu else None
     fabric = launch(config.optimization)
-    samples = _load(data, config, residuals, report)
+    cached = None if residuals is None else CachedMaps(residuals)
+    samples = _load(data, config, cached, report)
     divided = split(samples.cases, config)
     training, validation = (samples.subset(part) for part in divided)
     first = samples[0]
     channels = first.image.shape[0]
     maps = 0 if first.residual is None else first.residual.shape[0]
-    made_by = None if residuals is None else read_maps(residuals)
+    made_by = None if cached is None else cached.description
     seed = config.optimization.seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -157,8 +158,9 @@ def build(config: TrainConfig, num_maps: int, channels: int = 1) -> GRCSF:
         raise InputError("model", str(error), "correct the setting") from error
 
 
-def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Report) -> Samples:
+def _load(data: Path, config: TrainConfig, cached: CachedMaps | None, report: Report) -> Samples:
     preprocessing = Preprocessing(config.data)
+    residuals = None if cached is None else cached.folder
 
     def read(case: Case) -> Sample:
         with one_thread():
@@ -185,9 +187,15 @@ def _load(data: Path, config: TrainConfig, residuals: Path | None, report: Repor
         suffixes=config.data.bids_suffixes,
         lesion_labels=config.lesion_labels,
     )
-    made_by = None if residuals is None else read_maps(residuals)
+    made_by = None if cached is None else cached.description
     maps = None if made_by is None else len(made_by["autoencoders"])
-    samples = read_samples(cases, load, config.optimization.cache_gb * 1e9, report, maps)
+
+    def checked(case: Case) -> Sample:
+        if cached is not None:
+            cached.path(case)  # also of what comes from cache_dir
+        return load(case)
+
+    samples = read_samples(cases, checked, config.optimization.cache_gb * 1e9, report, maps)
     if not samples:
         raise InputError(data, "no case can be used", "see the reasons above")
     return samples

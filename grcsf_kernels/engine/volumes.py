@@ -13,6 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from grcsf_kernels.engine.diagnosis import LARGEST
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.headers import millimeters, open_nifti
@@ -232,10 +233,24 @@ def read_residual(path: Path, image: Volume, scratch: Scratch | None = None) -> 
     """Read the cached residual maps [X, Y, Z, K] of ``image``; ``scratch`` as for an image.
 
     Raises:
-        InputError: as for :func:`read_label`.
+        InputError: as for :func:`read_volume`; a shape or an affine that differs from the image's;
+            values far out of the range of residual maps.
     """
     volume = _read(path, 4, scratch)
     _check_space(path, volume, image)
+    plane = math.prod(volume.array.shape[:2])
+    for index in range(volume.array.shape[3]):
+        for planes in slabs(plane, volume.array.shape[2]):
+            slab = volume.array[:, :, planes, index]
+            low, high = float(slab.min()), float(slab.max())
+            if max(-low, high) > LARGEST:
+                raise InputError(
+                    path,
+                    f"holds values from {low:.3g} to {high:.3g}, and residual maps are in [0, 1]",
+                    "run grcsf residuals again",
+                )
+        if scratch is not None:
+            scratch.release()
     return volume
 
 

@@ -212,14 +212,30 @@ main()
         assert last.startswith(f"error: {tmp_path / 'm' / 'case1_mask.nii.gz'}: No space left")
         assert [path.name for path in (tmp_path / "m").iterdir()] == ["case0_mask.nii.gz"]
 
-    def test_no_room_for_scratch_volumes_stops_the_run(self, folder, tmp_path, model, monkeypatch):
-        def full(*args):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    @pytest.mark.parametrize("command", ["predict", "residuals"])
+    def test_scratch_volumes_that_do_not_fit_are_of_one_case(
+        self, folder, tmp_path, model, monkeypatch, command
+    ):
+        """Only an output that can't be written stops the run; the output folder is not blamed."""
+        write(folder / "case1_image.nii.gz", np.ones((60, 40, 30), np.float32))
+        claim = os.posix_fallocate
+
+        def full(descriptor, start, size):
+            if size > 4 * 21 * 18 * 13:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            claim(descriptor, start, size)
 
         monkeypatch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(
-            OSError, match=r"No space left on device for 0\.0 GB of scratch"
-        ) as error:
-            engine.predict(folder, model, tmp_path / "m", config(accumulate="disk"))
-        assert error.value.filename == str(tmp_path / "m")
-        assert not list((tmp_path / "m").iterdir())
+        out = tmp_path / "m"
+        if command == "predict":
+            report = engine.predict(folder, model, out, config(accumulate="disk"))
+        else:
+            settings = residuals_config()
+            settings.accumulate = "disk"
+            paths = make_autoencoders(tmp_path)[:1]
+            report = engine.cache_residuals(folder, paths, out, settings)
+        assert [path.name[:5] for path in report.done] == ["case0", "case2"]
+        ((path, reason),) = report.failed
+        assert path.name == "case1_image.nii.gz" and reason.startswith(f"{path}: ")
+        assert "accumulate" in reason and "memory_gb" in reason
+        assert not list(out.glob("*case1*"))
