@@ -11,15 +11,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -37,9 +40,20 @@ _ROOMS = {
 }
 _PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
-# The override is process-wide, not per thread: autograd runs the backward of CUDA tensors in
-# threads of its own, which must see the same choice as the thread that called backward().
-_overrides: list[str] = []
+
+@dataclass(eq=False)
+class _Choice:
+    """One entry of :func:`use_backend`, removed by identity: blocks may end in any order."""
+
+    backend: str
+    active: bool = True
+
+
+# Choices in the order in which their blocks began: those of this context (a thread, a task), and
+# those of the process. A tuple is replaced, never changed, so that readers need no lock.
+_own: ContextVar[tuple[_Choice, ...]] = ContextVar("grcsf_kernels_backend", default=())
+_all: tuple[_Choice, ...] = ()
+_lock = threading.Lock()
 _warned: set[tuple[str, str]] = set()
 
 
@@ -111,16 +125,23 @@ def _check_name(name: str, where: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operator inside the ``with`` block on backend ``name``, process-wide.
+    """Run every operator inside the ``with`` block on backend ``name``.
 
-    An explicit choice never falls back: an operator that the backend can't run raises.
+    An explicit choice never falls back: an operator that the backend can't run raises. Of nested
+    blocks the inner one holds. Blocks of several threads or tasks may overlap and end in any order:
+    each holds for its own thread, and a thread without a block of its own takes the block of
+    the process that began last. A backward runs on the backend that its forward was asked to run
+    on, wherever it is called and on whatever thread autograd runs it; where the forward was
+    compiled or was asked for none, the rules for a forward hold.
 
     Args:
         name: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
         ValueError: ``name`` is no backend.
-        RuntimeError: the backend can't run here; the message says why.
+        RuntimeError: the backend can't run here; the message says why. Also inside a function that
+            ``torch.compile`` traces, where the choice would not hold: put the block around the
+            call of the compiled function.
 
     Example:
         >>> import torch, grcsf_kernels
@@ -128,15 +149,48 @@ def use_backend(name: str) -> Iterator[None]:
         ...     residual = grcsf_kernels.residual_map(
         ...         torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4), patch_size=2)
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "use_backend: inside a compiled function the choice would not hold; put the `with` "
+            "block around the call of the compiled function"
+        )
     _check_name(name, "use_backend")
     reason = why_not(name)
     if reason:
         raise RuntimeError(f"use_backend: backend {name!r} can't run here: {reason}")
-    _overrides.append(name)
+    with chosen(name):
+        yield
+
+
+@contextmanager
+def chosen(name: str | None) -> Iterator[None]:
+    """:func:`use_backend` without its checks; None: nothing is chosen."""
+    global _all
+    if name is None:
+        yield
+        return
+    choice = _Choice(name)
+    _own.set((*_own.get(), choice))
+    with _lock:
+        _all = (*_all, choice)
     try:
         yield
     finally:
-        _overrides.pop()
+        # A generator may be closed in another context than it was begun in: there the choice is
+        # found inactive.
+        choice.active = False
+        _own.set(tuple(other for other in _own.get() if other.active))
+        with _lock:
+            _all = tuple(other for other in _all if other is not choice)
+
+
+def asked() -> str | None:
+    """The backend that :func:`use_backend` asks for here; None: none."""
+    every = _all
+    if not every:
+        return None
+    own = [choice for choice in _own.get() if choice.active]
+    return (own or every)[-1].backend
 
 
 def select(operator: str, device_type: str, data: Tensor | None = None) -> str:
@@ -154,7 +208,7 @@ def select(operator: str, device_type: str, data: Tensor | None = None) -> str:
         ValueError: ``GRCSF_BACKEND`` names no backend.
         RuntimeError: the backend that was asked for can't run this.
     """
-    forced = _overrides[-1] if _overrides else os.environ.get("GRCSF_BACKEND", "")
+    forced = asked() or os.environ.get("GRCSF_BACKEND", "")
     if forced:
         _check_name(forced, "GRCSF_BACKEND")
         reason = why_not(forced, operator, device_type)

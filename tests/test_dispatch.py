@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,112 @@ def test_use_backend_holds_for_backward_too(calls):
     with grcsf_kernels.use_backend("reference"):
         call()[0].sum().backward()
     assert calls == ["reference", "reference"]
+
+
+def _overlap(*blocks):
+    """Run generators, each on a thread of its own, in turns until all have ended."""
+    with contextlib.ExitStack() as stack:
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in blocks]
+        while True:
+            ended = [t.submit(next, b, "ended") for t, b in zip(threads, blocks, strict=True)]
+            if all(f.result() == "ended" for f in ended):
+                return
+
+
+def test_blocks_of_threads_that_overlap_hold_each_for_its_own_thread():
+    """The one that began first ends first: what is taken off is its own choice."""
+    seen = {}
+
+    def block(name, before, inside, after):
+        for _ in range(before):
+            yield
+        with grcsf_kernels.use_backend(name):
+            seen[name] = []
+            for _ in range(inside):
+                seen[name].append(dispatch.select("gcu", "cpu"))
+                yield
+        for _ in range(after):
+            seen[f"after {name}"] = dispatch.select("gcu", "cpu")
+            yield
+
+    _overlap(block("reference", 0, 4, 5), block("cpu", 2, 5, 2))
+    assert seen["reference"] == ["reference"] * 4 and seen["cpu"] == ["cpu"] * 5
+    assert seen["after reference"] == seen["after cpu"] == "cpu"
+    assert dispatch.asked() is None
+
+
+def test_a_thread_without_a_block_takes_the_block_of_the_process():
+    with ThreadPoolExecutor(1) as thread:
+        with grcsf_kernels.use_backend("reference"):
+            assert thread.submit(dispatch.select, "gcu", "cpu").result() == "reference"
+        assert thread.submit(dispatch.select, "gcu", "cpu").result() == "cpu"
+
+
+def test_a_backward_on_another_thread_runs_on_the_backend_of_its_forward(calls):
+    """As autograd does for CUDA tensors, here with another block open on the other thread."""
+
+    def forward():
+        with grcsf_kernels.use_backend("reference"):
+            return example("gcu").requires_grad()()[0].sum()
+
+    def backward(output):
+        with grcsf_kernels.use_backend("cpu"):
+            output.backward()
+            example("gcu")()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(backward, forward()).result()
+    forward().backward()
+    expected = ["reference", "reference", "cpu", "reference", "reference"]
+    assert calls == expected and dispatch.asked() is None
+
+
+def test_a_block_ends_with_an_exception_a_generator_and_a_task():
+    def generator():
+        with grcsf_kernels.use_backend("reference"):
+            yield dispatch.select("gcu", "cpu")
+
+    with contextlib.suppress(KeyError), grcsf_kernels.use_backend("reference"):
+        raise KeyError
+    assert dispatch.asked() is None
+
+    opened = generator()
+    assert next(opened) == "reference"
+    with ThreadPoolExecutor(1) as thread:  # where garbage is collected, nobody knows
+        thread.submit(opened.close).result()
+    assert dispatch.asked() is None and dispatch.select("gcu", "cpu") == "cpu"
+
+    async def task(name, turns):
+        with grcsf_kernels.use_backend(name):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                assert dispatch.select("gcu", "cpu") == name
+
+    async def tasks():
+        await asyncio.gather(task("reference", 2), task("cpu", 4), task("reference", 3))
+
+    asyncio.run(tasks())
+    assert dispatch.asked() is None
+
+
+def test_a_choice_inside_a_compiled_function_is_refused_or_holds(calls):
+    case = example("residual_map")
+
+    def call(*arguments):
+        with grcsf_kernels.use_backend("reference"):
+            return case.function(*arguments, **case.options)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="choice would not hold"):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(*case.arguments)
+    assert not calls
+    torch.compile(call, backend="aot_eager")(*case.arguments)
+    assert calls == ["reference"]
+    inner = torch.compile(case.function, backend="aot_eager", fullgraph=True)
+    with grcsf_kernels.use_backend("reference"):
+        inner(*case.arguments, **case.options)
+    assert calls[-1] == "reference"
+    inner(*case.arguments, **case.options)
+    assert calls[-1] == "cpu"
 
 
 def test_the_environment_variable(calls, monkeypatch):

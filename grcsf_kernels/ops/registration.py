@@ -13,6 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._library.utils import fill_defaults
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from grcsf_kernels import dispatch
 
 from grcsf_kernels.ops import checks
 
@@ -48,18 +54,127 @@ def register_autograd(
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
 ) -> None:
-    """Give ``grcsf::name`` its backward, and ``grcsf::name_backward`` a clear refusal."""
-    torch.library.register_autograd(
-        f"grcsf::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
+    """Give ``grcsf::name`` its backward, and ``grcsf::name_backward`` a clear refusal.
 
-    def refuse(ctx: Any, *grads: Tensor) -> None:
+    ``torch.func`` sees both as it sees an ``autograd.Function``: ``grad``, ``vjp`` and ``jacrev``
+    call the same backward, ``vmap`` runs sample after sample. Forward-mode derivatives and second
+    derivatives are refused by the operator's name.
+    """
+
+    def refuse(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise NotImplementedError(
             f"{name}: double backward is not implemented; differentiate {name} once, or use "
             "plain PyTorch operations where second derivatives are needed"
         )
 
-    torch.library.register_autograd(f"grcsf::{name}_backward", refuse, lib=LIBRARY)
+    _differentiate(name, name, backward, setup_context)
+    _differentiate(name, f"{name}_backward", refuse, None)
+
+
+def _differentiate(
+    operator: str,
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+) -> None:
+    """Register what autograd, forward-mode differentiation and ``vmap`` do with ``grcsf::name``.
+
+    ``torch.library.register_autograd`` would drop tangents without a word, and fail inside
+    ``torch.func`` without naming the operator.
+    """
+    op = getattr(torch.ops.grcsf, name).default
+
+    def below(keyset: Any, keyword_only: dict[str, Any], *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            keys = keyset & torch._C._after_autograd_keyset
+            return op.redispatch(keys, *args, **keyword_only)
+
+    def forward(ctx: Any, *args_and_rest: Any) -> Any:
+        *args, keyset, keyword_only, modes = args_and_rest
+        if modes is None:
+            output = below(keyset, keyword_only, *args)
+        else:
+            # Python's autograd.Function has switched both off. The next level of torch.func, which
+            # is inside, needs them as they were.
+            with torch.set_grad_enabled(modes[0]), forward_ad._set_fwd_grad_enabled(modes[1]):
+                output = below(keyset, keyword_only, *args)
+        if setup_context is not None:
+            setup_context(ctx, args, keyword_only, output)
+        ctx.backend = dispatch.asked()
+        return output
+
+    def reverse(ctx: Any, *grads: Tensor) -> Any:
+        needs = ctx.needs_input_grad
+        try:
+            ctx.needs_input_grad = needs[:-3]
+            with dispatch.chosen(ctx.backend):
+                return *backward(ctx, *grads), None, None, None
+        finally:
+            ctx.needs_input_grad = needs
+
+    def tangent(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(
+            f"{operator}: forward-mode derivatives (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad) are not implemented; use reverse mode (backward(), "
+            "torch.func.grad, vjp, jacrev)"
+        )
+
+    # The dispatcher takes the levels of torch.func one by one and calls the kernel at each, as it
+    # does for torch's own operators: autograd.Function itself would look at all levels at once.
+    function: Any = type(
+        name,
+        (_SingleLevelFunction,),
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(reverse),
+            "jvp": staticmethod(tangent),
+        },
+    )
+
+    def kernel(keyset: Any, *args: Any, **keyword_only: Any) -> Any:
+        args, keyword_only = fill_defaults(op._schema, args, keyword_only)
+        forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+        reverse_mode = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not (forward_mode or reverse_mode):
+            return below(keyset, keyword_only, *args)
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*args, keyset, keyword_only, None)
+        modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        with enable_single_level_autograd_function():
+            return function.apply(*args, keyset, keyword_only, modes)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(
+        f"grcsf::{name}",
+        lambda info, in_dims, *args, **options: _one_by_one(
+            name, lambda *one: op(*one, **options), info.batch_size, in_dims, args
+        ),
+        lib=LIBRARY,
+    )
+
+
+def _one_by_one(
+    name: str,
+    call: Callable[..., Any],
+    size: int,
+    in_dims: Sequence[Any],
+    args: Sequence[Any],
+) -> tuple[Any, Any]:
+    """The ``vmap`` of ``call``: once for each sample, the results stacked."""
+    if size == 0:
+        raise ValueError(f"{name}: vmap over an axis of size 0, expected at least 1")
+    found = [
+        call(
+            *(
+                arg.select(axis, index) if isinstance(axis, int) else arg
+                for arg, axis in zip(args, in_dims, strict=True)
+            )
+        )
+        for index in range(size)
+    ]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
 
 
 def register_autocast(name: str, cast: Callable[..., Sequence[Any]]) -> None:
