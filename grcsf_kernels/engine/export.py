@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,8 @@ from grcsf_kernels.engine.checkpoint import kind_of, load_any
 from grcsf_kernels.engine.config import to_dict
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
+from grcsf_kernels.engine.finite import require_finite
+from grcsf_kernels.engine.loop import saving
 from grcsf_kernels.models import GRCSF, MaskedAutoencoder
 from grcsf_kernels.models.pretrained import Pretrained
 from grcsf_kernels.nn.masking import random_masks
@@ -47,14 +51,12 @@ def export_model(model: Path, output: Path) -> Path:
         ``output``.
 
     Raises:
-        InputError: a file that can't be used, another suffix, packages that are missing, or outputs
-            that differ.
+        InputError: a model file that can't be used, an output that can't be written or has another
+            suffix, packages that are missing, or outputs that differ or are not finite. A file that
+            was there before is kept.
     """
     output = Path(output)
-    if output.suffix not in (".onnx", ".pt2"):
-        raise InputError(output, f"has suffix {output.suffix!r}", "expected .onnx or .pt2")
-    if output.suffix == ".onnx":
-        _check_packages(output)
+    _check_output(output)
     network = load_any(model)
     if network.crop_size is None or network.preprocessing is None:
         raise InputError(model, "has no preprocessing or crop size", "give them to save_pretrained")
@@ -74,14 +76,29 @@ def export_model(model: Path, output: Path) -> Path:
         exportable = _FixedMask(network)
     program = _program(exportable.eval(), batches[1])
 
-    def write(temporary: Path) -> None:
-        if output.suffix == ".pt2":
-            torch.export.save(program, temporary, extra_files={"grcsf.json": text})
-        else:
-            _save_onnx(program, temporary, list(batches[1]), output_name, text)
-        _check(temporary, exportable, batches, Path(model))
+    # As bytes: torch's writer of files ends the process where a disk is full.
+    content = io.BytesIO()
+    if output.suffix == ".pt2":
+        torch.export.save(program, content, extra_files={"grcsf.json": text})
+    else:
+        _save_onnx(program, content, list(batches[1]), output_name, text)
+    _check(_runner(content, output.suffix), exportable, batches, Path(model))
+    with saving(output):
+        write_whole(output, lambda temporary: temporary.write_bytes(content.getbuffer()))
+    return output
 
-    return write_whole(output, write)
+
+def _check_output(output: Path) -> None:
+    """InputError where the file can't be written: before minutes are spent on what is in it."""
+    if output.suffix not in (".onnx", ".pt2"):
+        raise InputError(output, f"has suffix {output.suffix!r}", "expected .onnx or .pt2")
+    if output.is_dir():
+        raise InputError(output, "is a folder", "name a file in it")
+    there = next(parent for parent in output.absolute().parents if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(output, f"can't be written into {there}", "name another folder")
+    if output.suffix == ".onnx":
+        _check_packages(output)
 
 
 class _FixedMask(nn.Module):
@@ -146,24 +163,29 @@ def _check_packages(output: Path) -> None:
 
 
 def _save_onnx(
-    program: torch.export.ExportedProgram, path: Path, names: list[str], output: str, text: str
+    program: torch.export.ExportedProgram,
+    file: io.BytesIO,
+    names: list[str],
+    output: str,
+    text: str,
 ) -> None:
     exported = torch.onnx.export(
         program, dynamo=True, input_names=names, output_names=[output], verbose=False
     )
     assert exported is not None
     exported.model.metadata_props["grcsf"] = text
-    exported.save(path, external_data=False)
+    file.write(exported.model_proto.SerializeToString())
 
 
-def _runner(path: Path) -> Callable[[dict[str, Tensor]], Tensor]:
-    """What a file that was written computes."""
-    if path.suffix == ".pt2":
-        module = torch.export.load(path).module()
+def _runner(content: io.BytesIO, suffix: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    """What a file with this content computes."""
+    content.seek(0)
+    if suffix == ".pt2":
+        module = torch.export.load(content).module()
         return lambda inputs: module(**inputs)
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content.getvalue(), providers=["CPUExecutionProvider"])
 
     def run(inputs: dict[str, Tensor]) -> Tensor:
         (output,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
@@ -173,21 +195,30 @@ def _runner(path: Path) -> Callable[[dict[str, Tensor]], Tensor]:
 
 
 @torch.no_grad()
-def _check(path: Path, network: nn.Module, batches: list[dict[str, Tensor]], model: Path) -> None:
-    run = _runner(path)
+def _check(
+    run: Callable[[dict[str, Tensor]], Tensor],
+    network: nn.Module,
+    batches: list[dict[str, Tensor]],
+    model: Path,
+) -> None:
+    """InputError where what was exported does not compute what the network does."""
+    remedy = "nothing was written; report it to grcsf-kernels"
     for inputs in batches:
         expected, found = network(**inputs), run(inputs)
+        # NaN differs from NaN, and there is nothing to compare.
+        require_finite(model, [("output", expected)], "values on random input", "train it again")
         if found.shape != expected.shape:
             raise InputError(
                 model,
                 f"gives {tuple(found.shape)} after export and {tuple(expected.shape)} before",
-                "report it to grcsf-kernels",
+                remedy,
             )
-        difference = float((found - expected).abs().max() / expected.abs().max())
-        if not difference <= TOLERANCE:
+        largest = float(expected.abs().max())
+        difference = float((found - expected).abs().max())
+        if not difference <= TOLERANCE * largest:
             raise InputError(
                 model,
-                f"differs by {difference:.2g} of the largest value after export, more than "
-                f"{TOLERANCE:g}",
-                "the file was not kept; report it to grcsf-kernels",
+                f"differs by {difference:.2g} after export, more than {TOLERANCE:g} of the largest "
+                f"value, {largest:.2g}",
+                remedy,
             )

@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from grcsf_kernels import dispatch
-
 from grcsf_kernels.ops import checks
 
 LIBRARY = torch.library.Library("grcsf", "DEF")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -82,19 +83,62 @@ def test_the_autoencoder_in_onnx_runtime(tmp_path):
         close(found, model.eval().reconstruct(image, hidden))
 
 
-def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
+def test_what_differs_is_not_written(tmp_path, monkeypatch):
     path = save(tmp_path, network(use_gcu=False, use_rcu=False))
+    (tmp_path / "m.pt2").write_text("as before")
     monkeypatch.setattr(export_module, "_program", lambda *args: None)
-    monkeypatch.setattr(torch.export, "save", lambda program, name, **_: open(name, "w").close())
+    monkeypatch.setattr(torch.export, "save", lambda *args, **options: None)
     for wrong, message in (
-        (lambda x: torch.zeros(1, 1, *CROP), "differs by 1 of the largest value"),
+        (lambda x: torch.zeros(1, 1, *CROP), "differs by .* more than 0.001 of the largest value"),
         (lambda x: torch.full((1, 1, *CROP), np.nan), "differs by nan"),
         (lambda x: torch.zeros(1), "gives .* after export"),
     ):
-        monkeypatch.setattr(export_module, "_runner", lambda path, wrong=wrong: wrong)
+        monkeypatch.setattr(export_module, "_runner", lambda *args, wrong=wrong: wrong)
         with pytest.raises(InputError, match=rf"m.safetensors: {message}"):
             export_model(path, tmp_path / "m.pt2")
-    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    monkeypatch.setattr(GRCSF, "forward", lambda self, image: image * np.nan)
+    monkeypatch.setattr(export_module, "_runner", lambda *args: lambda x: x["image"])
+    with pytest.raises(InputError, match=r"m.safetensors: .* NaN or infinite \(output\)"):
+        export_model(path, tmp_path / "m.pt2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pt2", "m.safetensors"]
+    assert (tmp_path / "m.pt2").read_text() == "as before"
+
+
+def test_a_network_that_gives_zeros_is_exported(tmp_path):
+    """Relative to the largest value, 0, every difference is too large."""
+    model = network(use_gcu=False, use_rcu=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert export_model(save(tmp_path, model), tmp_path / "m.pt2").is_file()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_former_file(tmp_path):
+    """torch's own writer of files ends the process there."""
+    path = save(tmp_path, network(use_gcu=False, use_rcu=False))
+    output = tmp_path / "out" / "m.pt2"
+    output.parent.mkdir()
+    output.write_text("as before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
+    try:
+        result = CliRunner().invoke(app, ["export", str(path), "-o", str(output)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"error: {output}: can't be written (")
+    assert [p.name for p in output.parent.iterdir()] == ["m.pt2"]
+    assert output.read_text() == "as before"
+
+
+def test_a_place_where_nothing_can_be_written(tmp_path):
+    path = save(tmp_path, network(use_gcu=False, use_rcu=False))
+    (tmp_path / "m.onnx").mkdir()
+    (tmp_path / "file").write_text("")
+    for output, problem in (("m.onnx", "is a folder"), ("file/m.pt2", "can't be written into")):
+        with pytest.raises(InputError, match=problem):
+            export_model(path, tmp_path / output)
 
 
 def test_what_can_not_be_exported(tmp_path):
