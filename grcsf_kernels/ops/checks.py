@@ -21,8 +21,29 @@ def require_tensors(operator: str, **arguments: object) -> None:
             raise TypeError(f"{operator}: {name} is a {type(value).__name__}, expected a Tensor")
 
 
+def require_options(operator: str, kind: type, **options: object) -> None:
+    """TypeError unless every option is of a type: torch's own error is no TypeError."""
+    for name, value in options.items():
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(
+                f"{operator}: {name} is a {type(value).__name__}, expected a {kind.__name__}"
+            )
+
+
+def check_strided(operator: str, **tensors: Tensor) -> None:
+    """TypeError unless the tensors are ordinary ones: not sparse, nested or of a library's own."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
+            raise TypeError(
+                f"{operator}: {name} is {kind}, expected a dense tensor (of layout torch.strided)"
+            )
+
+
 def check_data(operator: str, name: str, tensor: Tensor) -> None:
     """A volume [B, C, D, H, W] or image [B, C, H, W] of a floating dtype, no axis empty but B."""
+    check_strided(operator, **{name: tensor})
     if tensor.dtype not in DATA_DTYPES:
         raise TypeError(
             f"{operator}: {name} is {tensor.dtype}, expected one of "
@@ -44,6 +65,7 @@ def check_shape(
     operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str
 ) -> None:
     """ValueError unless ``tensor`` has the expected shape; ``meaning`` says it in symbols."""
+    check_strided(operator, **{name: tensor})
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(
             f"{operator}: {name} has shape {tuple(tensor.shape)}, "
@@ -92,10 +114,26 @@ def check_option(operator: str, name: str, value: str, options: Sequence[str]) -
         )
 
 
-def check_eps(operator: str, eps: float) -> None:
-    """ValueError unless eps is positive: zero vectors and constant patches would give NaN."""
-    if not eps > 0:
-        raise ValueError(f"{operator}: eps is {eps}, expected a number greater than 0")
+def check_eps(operator: str, eps: float, dtype: torch.dtype, power: int = 1) -> None:
+    """ValueError unless ``eps`` to this power is a normal number where sums of ``dtype`` are taken.
+
+    Zero vectors and constant patches would give NaN with 0, and with what becomes 0 in float32.
+    """
+    limits = torch.finfo(compute_dtype(dtype))
+    least, most = limits.tiny ** (1 / power), limits.max ** (1 / power)
+    if not least <= eps <= most:
+        raise ValueError(
+            f"{operator}: eps is {eps}, expected a number greater than 0, "
+            f"for {dtype} data from {least:.2g} to {most:.2g}"
+        )
+
+
+def check_needs(operator: str, needs: Sequence[bool], count: int) -> None:
+    """ValueError unless a backward is told of each of ``count`` gradients whether it is needed."""
+    if len(needs) != count:
+        raise ValueError(
+            f"{operator}: needs has {len(needs)} values, expected {count}, one for each gradient"
+        )
 
 
 def patch_tuple(
@@ -117,10 +155,10 @@ def patch_tuple(
             f"{operator}: patch_size is {patch_size!r}, expected an integer or a sequence of them"
         )
     sizes = list(sizes) * (axes if len(sizes) == 1 else 1)
-    if len(sizes) != axes or any(size < 1 for size in sizes):
+    if len(sizes) != axes or any(not 1 <= size < 2**63 for size in sizes):
         raise ValueError(
             f"{operator}: patch_size is {patch_size!r}, "
-            f"expected an integer >= 1, or one for each of the {axes} spatial axes"
+            f"expected an integer from 1 to 2^63 - 1, or one for each of the {axes} spatial axes"
         )
     return sizes
 

@@ -54,12 +54,15 @@ def gcu(
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype other than the above.
-        ValueError: shapes or devices that do not fit, an unknown ``compensation``, ``eps`` <= 0.
+        ValueError: shapes or devices that do not fit, an unknown ``compensation``, or an ``eps``
+            whose square is 0 or infinite in the dtype of the gates.
 
     Source: GRCSF (Pattern Recognition 2025, doi 10.1016/j.patcog.2025.112461), global compensation
     unit.
     """
     checks.require_tensors("gcu", skip=skip, deep=deep, skip_gate=skip_gate, deep_gate=deep_gate)
+    checks.require_options("gcu", str, compensation=compensation)
+    checks.require_options("gcu", float, eps=eps)
     return torch.ops.grcsf.gcu(skip, deep, skip_gate, deep_gate, compensation=compensation, eps=eps)
 
 
@@ -84,7 +87,27 @@ def _check(
         checks.check_shape("gcu", name, gate, skip.shape[:2], "[B, C] of skip")
     checks.check_weights("gcu", "skip", skip, **gates)
     checks.check_option("gcu", "compensation", compensation, COMPENSATIONS)
-    checks.check_eps("gcu", eps)
+    # The product of two norms is divided by, so the square of eps must be a number.
+    checks.check_eps("gcu", eps, skip.dtype, power=2)
+
+
+def _check_backward(
+    grad_compensated: Tensor,
+    grad_dissimilarity: Tensor,
+    skip: Tensor,
+    *arguments: Any,
+) -> None:
+    *others, needs = arguments
+    _check(skip, *others)
+    name = "gcu_backward"
+    one_channel = (skip.shape[0], 1, *skip.shape[2:])
+    for gradient, tensor, shape, meaning in (
+        ("grad_compensated", grad_compensated, skip.shape, "the shape of skip"),
+        ("grad_dissimilarity", grad_dissimilarity, one_channel, "[B, 1, *S] of skip"),
+    ):
+        checks.check_shape(name, gradient, tensor, shape, meaning)
+        checks.check_like(name, "skip", skip, **{gradient: tensor})
+    checks.check_needs(name, needs, 4)
 
 
 def _forward(
@@ -137,6 +160,11 @@ def _backward(
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_backward(
+        grad_compensated,
+        grad_dissimilarity,
+        *(skip, deep, skip_gate, deep_gate, compensation, eps, needs),
+    )
     layout = checks.layout_of(skip)
     grads = dispatch.implementation("gcu", skip).backward(
         checks.dense(grad_compensated, layout),
@@ -169,6 +197,11 @@ def _backward_fake(
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_backward(
+        grad_compensated,
+        grad_dissimilarity,
+        *(skip, deep, skip_gate, deep_gate, compensation, eps, needs),
+    )
     layout = checks.layout_of(skip)
     gates = torch.contiguous_format
     return tuple(  # type: ignore[return-value]

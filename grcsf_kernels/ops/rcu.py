@@ -142,6 +142,26 @@ def _check(x: Tensor, residual: Tensor, *weights: Tensor, patch_size: Any) -> No
     checks.patch_tuple(name, patch_size, len(space))
 
 
+def _check_backward(
+    grad_out: Tensor,
+    grad_scores: Tensor,
+    scores: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    *weights_and_options: Any,
+) -> None:
+    *weights, patch_size, needs = weights_and_options
+    _check(x, residual, *weights, patch_size=patch_size)
+    name = "rcu_backward"
+    checks.check_shape(name, "grad_out", grad_out, x.shape, "the shape of x")
+    checks.check_like(name, "x", x, grad_out=grad_out)
+    grid = (x.shape[0], *_grid(x, patch_size))
+    for score, tensor in {"grad_scores": grad_scores, "scores": scores}.items():
+        checks.check_shape(name, score, tensor, grid, "[B, *G], G = ceil(S / patch_size)")
+        checks.check_weights(name, "x", x, **{score: tensor})
+    checks.check_needs(name, needs, 2 + len(WEIGHTS))
+
+
 def _patch_sizes(x: Tensor, patch_size: Sequence[int] | None) -> list[int]:
     """The patch size per axis, never larger than the volume; the whole volume for None."""
     sizes = checks.patch_tuple("rcu", patch_size, x.ndim - 2) or list(x.shape[2:])
@@ -183,6 +203,7 @@ def _backward(
     residual: Tensor,
     *weights_and_options: Any,
 ) -> tuple[Tensor, ...]:
+    _check_backward(grad_out, grad_scores, scores, x, residual, *weights_and_options)
     *weights, patch_size, needs = weights_and_options
     layout = checks.layout_of(x)
     grads = dispatch.implementation("rcu", x).backward(
@@ -210,6 +231,7 @@ def _backward_fake(
     residual: Tensor,
     *weights_and_options: Any,
 ) -> tuple[Tensor, ...]:
+    _check_backward(grad_out, grad_scores, scores, x, residual, *weights_and_options)
     *weights, _, needs = weights_and_options
     layouts = [checks.layout_of(x)] + [torch.contiguous_format] * (1 + len(weights))
     return tuple(

@@ -54,8 +54,9 @@ def residual_map(
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype other than the above.
-        ValueError: shapes or devices that do not fit, an unknown ``average``, ``eps`` <= 0, or
-            ``normalized_target`` with patches of a single value, which have no variance.
+        ValueError: shapes or devices that do not fit, an unknown ``average``, an ``eps`` that is
+            0 or infinite in the dtype of the sums, or ``normalized_target`` with patches of a
+            single value, which have no variance.
 
     Source: masked autoencoders (He et al., CVPR 2022, arXiv 2111.06377) for the token order and the
     normalized target; GRCSF (Pattern Recognition 2025, doi 10.1016/j.patcog.2025.112461) for the
@@ -64,6 +65,9 @@ def residual_map(
     checks.require_tensors("residual_map", image=image, prediction=prediction)
     if hidden is not None:
         checks.require_tensors("residual_map", hidden=hidden)
+    checks.require_options("residual_map", str, average=average)
+    checks.require_options("residual_map", bool, normalized_target=normalized_target)
+    checks.require_options("residual_map", float, eps=eps)
     sizes = checks.patch_tuple("residual_map", patch_size, image.ndim - 2)
     return torch.ops.grcsf.residual_map(
         image,
@@ -88,7 +92,7 @@ def _check(
     name = "residual_map"
     checks.check_data(name, "image", image)
     checks.check_option(name, "average", average, AVERAGES)
-    checks.check_eps(name, eps)
+    checks.check_eps(name, eps, image.dtype)
     space = image.shape[2:]
     sizes = checks.patch_tuple(name, patch_size, len(space))
     assert sizes is not None
@@ -120,6 +124,15 @@ def _check(
             raise TypeError(f"{name}: hidden is {hidden.dtype}, expected torch.bool")
         checks.check_shape(name, "hidden", hidden, prediction.shape[:3], "[N, B, L]")
         checks.check_device(name, "image", image, hidden=hidden)
+
+
+def _check_backward(grad_residual: Tensor, image: Tensor, *arguments: Any) -> None:
+    *others, needs = arguments
+    _check(image, *others)
+    name = "residual_map_backward"
+    checks.check_shape(name, "grad_residual", grad_residual, image.shape, "the shape of image")
+    checks.check_like(name, "image", image, grad_residual=grad_residual)
+    checks.check_needs(name, needs, 2)
 
 
 def _dense_arguments(
@@ -175,6 +188,10 @@ def _backward(
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
+    _check_backward(
+        *(grad_residual, image, prediction, hidden, patch_size),
+        *(normalized_target, average, eps, needs),
+    )
     layout = checks.layout_of(image)
     sizes = checks.patch_tuple("residual_map", patch_size, image.ndim - 2)
     grad_image, grad_prediction = dispatch.implementation("residual_map", image).backward(
@@ -203,6 +220,10 @@ def _backward_fake(
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
+    _check_backward(
+        *(grad_residual, image, prediction, hidden, patch_size),
+        *(normalized_target, average, eps, needs),
+    )
     contiguous = torch.contiguous_format
     layout = checks.layout_of(image)
     return (
