@@ -59,6 +59,11 @@ PYBIND11_MODULE(_C, module) {
              "Use the OpenMP runtime of a loaded library; whether it has one.");
   module.def("openmp_library", grcsf::openmp_library, "Path of the OpenMP runtime in use, or ''.");
   module.def("isa", [] { return grcsf::isa_name(grcsf::isa()); }, "Instruction set in use.");
+  module.def(
+      "widest_isa", [] { return grcsf::isa_name(grcsf::widest_isa()); },
+      "Widest instruction set that this build has for this processor.");
+  module.def("choose_isa", grcsf::choose_isa, py::arg("name"),
+             "Use another instruction set from now on, for tests.");
   module.def("cuda_info", cuda_info,
              "What the CUDA build sees of this machine; None without CUDA.");
 #ifdef GRCSF_EMULATED
