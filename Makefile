@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc python tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize sanitize-quick emulate lint format bench study gpu-check docs clean
+.PHONY: demo test sanitize sanitize-quick emulate fuzz lint format bench study gpu-check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
@@ -33,6 +33,11 @@ sanitize-quick: $(VENV)/.installed
 # tests only: make emulate TESTS="tests/ops/test_gcu.py -k cuda-emulated"
 emulate: $(VENV)/.installed
 	$(BIN)/python tests/native/sanitize.py --sanitizer emulated -- $(TESTS)
+
+# Random calls of operators and random damaged files, until the time is up; each case has a number by
+# which it can be run again. Other cases: make fuzz SEED=1
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz --seconds $(or $(SECONDS),300) --seed $(or $(SEED),0) $(FUZZ)
 
 # The whole suite, then the report: about 80 minutes on two cores. BENCH="--quick" takes minutes.
 bench: $(VENV)/.installed
