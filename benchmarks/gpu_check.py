@@ -66,7 +66,7 @@ def _tests() -> Step:
     The Triton kernels are compiled ahead of time in a step of their own, for this device alone.
     """
     command = [*PYTEST, "tests", "-q", "-p", "no:cacheprovider"]
-    command.append("--ignore=tests/triton/test_kernels.py")
+    command.append("--ignore=tests/triton_kernels/test_kernels.py")
     if not _absent_modules("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     left_out = []

@@ -111,7 +111,7 @@ struct Forward {
   double large_patch(const Box& box) const {
     LargePatch<T> large(arguments, s, projections, box, Wanted::forward);
     large.template prepare<3>();
-    std::vector<double> hidden(s.hidden);
+    Vector<double> hidden(s.hidden);
     const double score =
         score_of<A>(arguments.weights, s, box.sample, large.means.data(), hidden.data());
     parallel_for(large.chunks.count, arguments.threads,

@@ -46,7 +46,7 @@ struct Backward {
   struct Space {
     Packed<A> own, maps, grad, grad_maps;
     Attention<A> attention;
-    std::vector<double> reaching;  // F and its slope at the nodes of a map
+    Vector<double> reaching;  // F and its slope at the nodes of a map
 
     void carve(Carver<A>& carver, const Sizes& s, std::int64_t group, bool wants_residual,
                Wanted wanted) {
@@ -111,7 +111,7 @@ struct Backward {
     finish_map_gradient(space.attention.means.data(), score, whole, out);
   }
 
-  bool tabulated(const std::vector<Table<A>>& tables, std::int64_t map) const {
+  bool tabulated(const Vector<Table<A>>& tables, std::int64_t map) const {
     bool all = s.map_channels == 1;
     for (std::int64_t h = 0; h < s.heads; ++h) all = all && tables[map * s.heads + h].last >= 0;
     return all;
@@ -228,7 +228,7 @@ struct Backward {
                       chunks.voxels(chunk), space.attention,
                       [&](std::int64_t map, auto body) { large.each_keys(map, space, body); });
     };
-    std::vector<double> reached(chunks.segments);
+    Vector<double> reached(chunks.segments);
     parallel_for(
         chunks.segments, arguments.threads, [&](std::int64_t begin, std::int64_t end, int thread) {
           auto& space = large.spaces[thread];
@@ -243,7 +243,7 @@ struct Backward {
           }
         });
     for (const double part : reached) grad_score += part;
-    std::vector<double> means = large.means, hidden(s.hidden);
+    Vector<double> means = large.means, hidden(s.hidden);
     score_backward<A>(arguments.weights, s, box.sample, score, grad_score, box.voxels(),
                       means.data(), hidden.data(), sums.layout, sums.of(box.sample, 0));
     if (wants_x) {
@@ -280,8 +280,8 @@ struct Backward {
   void large_map_gradient(const LargePatch<T>& large, const Attend& attend,
                           const double* grad_means, double score) const {
     const Chunks& chunks = large.chunks;
-    std::vector<Table<A>> tables(s.maps);
-    std::vector<std::vector<A>> coefficients(s.maps);
+    Vector<Table<A>> tables(s.maps);
+    Vector<Vector<A>> coefficients(s.maps);
     for (std::int64_t k = 0; k < s.maps; ++k) {
       if (!tabulated(large.tables, k)) continue;
       const MapNodes nodes =
@@ -290,7 +290,7 @@ struct Backward {
       const std::int64_t size = 2 * nodes.count;
       const std::int64_t parts =
           std::max<std::int64_t>(1, std::min(chunks.segments, (1 << 18) / size));
-      std::vector<double> sums(parts * size);
+      Vector<double> sums(parts * size);
       parallel_for(parts, arguments.threads, [&](std::int64_t begin, std::int64_t end, int thread) {
         auto& space = large.spaces[thread];
         for (std::int64_t part = begin; part < end; ++part) {
@@ -310,7 +310,7 @@ struct Backward {
       coefficients[k].resize(4 * nodes.count);
       tables[k] = map_table(nodes, sums.data(), coefficients[k].data());
     }
-    const std::vector<A> state = large_softmax(large, tables, attend);
+    const Vector<A> state = large_softmax(large, tables, attend);
     parallel_for(chunks.count, arguments.threads,
                  [&](std::int64_t begin, std::int64_t end, int thread) {
                    auto& space = large.spaces[thread];
@@ -323,13 +323,13 @@ struct Backward {
   // For heads whose maps have no table: greatest logit, inverse total and level of every query,
   // [head][3][V]. Empty where all have one.
   template <typename Attend>
-  std::vector<A> large_softmax(const LargePatch<T>& large, const std::vector<Table<A>>& tables,
-                               const Attend& attend) const {
+  Vector<A> large_softmax(const LargePatch<T>& large, const Vector<Table<A>>& tables,
+                          const Attend& attend) const {
     const Chunks& chunks = large.chunks;
     const std::int64_t all = chunks.box.voxels();
     bool direct = false;
     for (const Table<A>& table : tables) direct = direct || table.last < 0;
-    std::vector<A> state(direct ? s.maps * s.heads * 3 * all : 0);
+    Vector<A> state(direct ? s.maps * s.heads * 3 * all : 0);
     if (!direct) return state;
     parallel_for(
         chunks.count, arguments.threads, [&](std::int64_t begin, std::int64_t end, int thread) {
@@ -362,10 +362,9 @@ struct Backward {
 
   // The gradient of the residual voxels of one chunk.
   template <typename Attend>
-  void map_chunk(const LargePatch<T>& large, std::int64_t chunk,
-                 const std::vector<Table<A>>& tables, const std::vector<A>& state,
-                 const double* grad_means, double score, const Attend& attend,
-                 typename LargePatch<T>::Space& space) const {
+  void map_chunk(const LargePatch<T>& large, std::int64_t chunk, const Vector<Table<A>>& tables,
+                 const Vector<A>& state, const double* grad_means, double score,
+                 const Attend& attend, typename LargePatch<T>::Space& space) const {
     const Chunks& chunks = large.chunks;
     const std::int64_t voxels = chunks.voxels(chunk), c = s.map_channels;
     const std::int64_t whole = whole_vectors<A>(voxels), all = chunks.box.voxels();

@@ -46,9 +46,9 @@ class SegmentSums {
   // Writes the gradients of all weights.
   template <typename A>
   void finish(const Sizes& s, const RcuWeights& out) {
-    std::vector<double> total(layout.size);
+    Vector<double> total(layout.size);
     for (std::int64_t sample = 0; sample < s.batch; ++sample) {
-      std::vector<double> bias(s.hidden);
+      Vector<double> bias(s.hidden);
       for (std::int64_t segment = 0; segment < segments_; ++segment) {
         const double* own = of(sample, segment);
         for (std::int64_t i = 0; i < layout.size; ++i) total[i] += own[i];
@@ -80,14 +80,14 @@ class SegmentSums {
   }
 
   const std::int64_t segments_;
-  std::vector<double> sums_;
+  Vector<double> sums_;
 };
 
 // E, its gradient `reach` = value_weight^T grad and the gradient `slope` of the queries for a chunk
 // of queries; both gradients before they are multiplied by the score.
 template <typename A, typename EachKeys>
 void attend_backward(const Projections<A>& projections, const Sizes& s,
-                     const std::vector<Table<A>>& tables, const A* grad, std::int64_t pitch,
+                     const Vector<Table<A>>& tables, const A* grad, std::int64_t pitch,
                      std::int64_t voxels, const Attention<A>& own, EachKeys each_keys) {
   const std::int64_t whole = whole_vectors<A>(voxels);
   product<A>(

@@ -7,12 +7,12 @@
 #pragma once
 
 #include <cmath>
-#include <vector>
 
 #include "common/workspace.h"
 #include "cpu/rcu_attend.h"
 #include "cpu/rcu_layout.h"
 #include "cpu/rcu_table.h"
+#include "cpu/vector.h"
 
 namespace grcsf {
 namespace {
@@ -25,12 +25,12 @@ const A* values_of(const TensorView& view) {
 // The weights; `value` and the transposes are copies in the order in which they are read.
 template <typename A>
 struct Projections {
-  const A* query;             // [lines][C]
-  const A* query_bias;        // [lines]
-  std::vector<A> value;       // [C][lines]
-  std::vector<A> value_bias;  // [C], summed over maps
-  std::vector<A> query_t;     // [C][lines]
-  std::vector<A> value_t;     // [lines][C]
+  const A* query;        // [lines][C]
+  const A* query_bias;   // [lines]
+  Vector<A> value;       // [C][lines]
+  Vector<A> value_bias;  // [C], summed over maps
+  Vector<A> query_t;     // [C][lines]
+  Vector<A> value_t;     // [lines][C]
 
   Projections(const RcuWeights& weights, const Sizes& s)
       : query(values_of<A>(weights.query_weight)),
@@ -148,7 +148,7 @@ class Spaces {
     return counter.used;
   }
 
-  mutable std::vector<Space> spaces_;
+  mutable Vector<Space> spaces_;
   const Workspace<A> memory_;
 };
 
@@ -186,7 +186,7 @@ struct TableSpace {
 // than one each. `ranges` of a, one a head.
 template <typename T>
 void plan_nodes(const Range<ComputeType<T>>* ranges, std::int64_t heads, double least_r,
-                double greatest_r, std::int64_t most, std::vector<Nodes>& nodes, bool& shared) {
+                double greatest_r, std::int64_t most, Vector<Nodes>& nodes, bool& shared) {
   const double widest = widest_step<T>();
   double least = ranges[0].least, greatest = ranges[0].greatest;
   std::int64_t apart = 0;
@@ -237,11 +237,11 @@ struct Attention {
   Rows<A> reach, slope;  // [lines], backward: gradient of E and of the queries, before the score
   A *greatest, *total, *level;
   TableSpace<A> space;
-  std::vector<Moments> moments;
-  std::vector<Nodes> nodes;
-  std::vector<Range<A>> ranges;
-  std::vector<Table<A>> tables;  // one a head
-  std::vector<double> means, hidden;
+  Vector<Moments> moments;
+  Vector<Nodes> nodes;
+  Vector<Range<A>> ranges;
+  Vector<Table<A>> tables;  // one a head
+  Vector<double> means, hidden;
 
   void carve(Carver<A>& carver, const Sizes& s, std::int64_t voxels, std::int64_t most,
              Wanted wanted) {
@@ -330,7 +330,7 @@ void means_of(const Sizes& s, const A* x, std::int64_t pitch, const Rows<A>& r, 
 // E of a chunk of queries, every head. `each_keys(map, body)` calls body(Keys) for all residual
 // voxels of the patch, chunk by chunk.
 template <typename A, typename EachKeys>
-void expect(const Sizes& s, const std::vector<Table<A>>& tables, std::int64_t voxels,
+void expect(const Sizes& s, const Vector<Table<A>>& tables, std::int64_t voxels,
             const Attention<A>& own, EachKeys each_keys) {
   const std::int64_t whole = whole_vectors<A>(voxels);
   for (std::int64_t head = 0; head < s.maps * s.heads; ++head) {

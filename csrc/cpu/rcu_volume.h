@@ -52,10 +52,10 @@ struct LargePatch {
   const Patches<const T> x, residual;
   const Chunks chunks;
   const Wanted wanted;
-  std::vector<double> means;     // [C + K * c]
-  std::vector<Table<A>> tables;  // one a head
-  std::vector<std::vector<A>> coefficients;
-  std::vector<Range<A>> of_a, of_r;  // of every head and map; c = 1 only
+  Vector<double> means;     // [C + K * c]
+  Vector<Table<A>> tables;  // one a head
+  Vector<Vector<A>> coefficients;
+  Vector<Range<A>> of_a, of_r;  // of every head and map; c = 1 only
 
   // A thread's buffers.
   struct Space {
@@ -117,7 +117,7 @@ struct LargePatch {
   template <int Kept>
   void prepare() {
     const std::int64_t inputs = s.channels + s.map_lines, heads = s.maps * s.heads;
-    std::vector<double> sums(chunks.segments * inputs);
+    Vector<double> sums(chunks.segments * inputs);
     const A infinity = static_cast<A>(__builtin_inf());
     of_a.assign(chunks.segments * heads, {infinity, -infinity});
     of_r.assign(chunks.segments * s.maps, {infinity, -infinity});
@@ -166,7 +166,7 @@ struct LargePatch {
       load_queries(chunk, space);
       pack_chunk(residual, chunk, s.map_lines, space.maps);
       const Rows<A> maps{space.maps.data, space.maps.pitch};
-      std::vector<double>& own = space.attention.means;
+      Vector<double>& own = space.attention.means;
       means_of(s, space.own.data, space.own.pitch, maps, voxels, own.data());
       for (std::size_t i = 0; i < own.size(); ++i) sums[i] += own[i] * static_cast<double>(voxels);
       if (!wants_ranges) continue;
@@ -180,7 +180,7 @@ struct LargePatch {
 
   template <int Kept>
   void make_tables(std::int64_t map, const Range<A>* range_of_a, const Range<A>& range_of_r) {
-    std::vector<Nodes> nodes;
+    Vector<Nodes> nodes;
     bool shared = false;
     const std::int64_t most = std::min(most_nodes_of_volume, 4 * s.heads * chunks.box.voxels());
     plan_nodes<T>(range_of_a, s.heads, range_of_r.least, range_of_r.greatest, most, nodes, shared);
@@ -189,7 +189,7 @@ struct LargePatch {
       if (shared && h > 0) {
         table = tables[map * s.heads];
       } else if (nodes[h].count > 0) {
-        const std::vector<Moments> moments = volume_moments<Kept>(map, nodes[h]);
+        const Vector<Moments> moments = volume_moments<Kept>(map, nodes[h]);
         Splines<A> splines;
         splines.mean = room_for(nodes[h]);
         if (wanted != Wanted::forward) splines.variance = room_for(nodes[h]);
@@ -206,11 +206,11 @@ struct LargePatch {
 
   // The moments of a whole map at all nodes.
   template <int Kept>
-  std::vector<Moments> volume_moments(std::int64_t map, const Nodes& nodes) const {
+  Vector<Moments> volume_moments(std::int64_t map, const Nodes& nodes) const {
     const std::int64_t blocks = nodes.blocks(), size = block_nodes * moments_kept;
     const std::int64_t parts =
         std::min(chunks.count, std::max<std::int64_t>(1, most_segments / blocks));
-    std::vector<double> sums(blocks * parts * size), centers(blocks * parts);
+    Vector<double> sums(blocks * parts * size), centers(blocks * parts);
     parallel_for(blocks * parts, arguments.threads,
                  [&](std::int64_t begin, std::int64_t end, int thread) {
                    for (std::int64_t unit = begin; unit < end; ++unit) {
@@ -218,7 +218,7 @@ struct LargePatch {
                                                          parts, spaces[thread], &sums[unit * size]);
                    }
                  });
-    std::vector<Moments> moments(nodes.count);
+    Vector<Moments> moments(nodes.count);
     for (std::int64_t node = 0; node < nodes.count; ++node) {
       const std::int64_t block = node / block_nodes, first = block * parts;
       const std::int64_t at = node % block_nodes * moments_kept;
