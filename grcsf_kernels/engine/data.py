@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.layouts import Case, find_cases, find_labels
+from grcsf_kernels.engine.layouts import Case, find_cases, find_labels, find_masks
 from grcsf_kernels.engine.preprocessing import Preprocessing
 from grcsf_kernels.engine.report import Report, console
 from grcsf_kernels.engine.volumes import Volume, read_image, read_label, read_residual
@@ -32,6 +32,7 @@ __all__ = [
     "check_size",
     "find_cases",
     "find_labels",
+    "find_masks",
     "load_sample",
     "read_samples",
     "residual_path",

@@ -12,14 +12,14 @@ import nibabel as nib
 from rich.table import Table
 
 from grcsf_kernels.engine.config import EvaluateConfig, check
-from grcsf_kernels.engine.data import Case, find_labels
+from grcsf_kernels.engine.data import Case, find_labels, find_masks
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.html import write_html
 from grcsf_kernels.engine.metrics import find_lesions, measure
 from grcsf_kernels.engine.report import Report, for_each
 from grcsf_kernels.engine.statistics import sensitivity_by_size, summarize
-from grcsf_kernels.engine.volumes import is_volume, read_label, read_volume, stem
+from grcsf_kernels.engine.volumes import read_label, read_volume, stem
 
 _COLUMNS = {
     "dice": "Dice",
@@ -68,9 +68,10 @@ def evaluate(
 
     def work(case: Case) -> Path:
         assert case.label is not None
-        path = Path(predictions) / f"{case.name}_mask.nii.gz"
-        if not path.is_file():
+        if case.name not in masks:
+            path = Path(predictions) / f"{case.name}_mask.nii.gz"
             raise InputError(path, "does not exist", "run grcsf predict on all images")
+        path = masks[case.name]
         reference = read_volume(case.image)
         label = read_label(case.label, reference, config.lesion_labels)
         mask = read_label(path, reference)
@@ -86,9 +87,10 @@ def evaluate(
     known = find_labels(labels, report, config.lesion_labels)
     names = {case.name for case in known}
     names |= {stem(path).rsplit("_", 1)[0] for path, _ in report.failed}  # reported already
-    for path in sorted(Path(predictions).glob("*_mask.nii*")):
-        if is_volume(path) and stem(path).removesuffix("_mask") not in names:
-            report.skip(path, f"{path}: has no label; add it or remove the mask")
+    masks, double = find_masks(predictions, report)
+    known = [case for case in known if case.name not in double]
+    for name in sorted(masks.keys() - names):
+        report.skip(masks[name], f"{masks[name]}: has no label; add it or remove the mask")
     for_each(known, work, report, "measuring")
     if not cases:
         raise InputError(predictions, "no case can be measured", "see the reasons above")
@@ -104,7 +106,8 @@ def evaluate(
     text = json.dumps(result, indent=1)
     write_whole(folder / "evaluation.json", lambda temporary: temporary.write_text(text))
     measured = [case for case in known if case.name in cases]
-    write_html(folder / "evaluation.html", result, measured, predictions, config.cases, report)
+    page = folder / "evaluation.html"
+    write_html(page, result, measured, predictions, masks, config, report)
     return result
 
 

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from grcsf_kernels._version import __version__
+from grcsf_kernels.engine.config import EvaluateConfig
 from grcsf_kernels.engine.data import Case
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.figures import PREDICTION, TRUTH, box_plots, draw_slices
@@ -38,7 +39,8 @@ def write_html(
     result: dict[str, Any],
     cases: Sequence[Case],
     predictions: Path,
-    shown: int,
+    masks: Mapping[str, Path],
+    config: EvaluateConfig,
     report: Report,
 ) -> Path:
     """Write the result of :func:`grcsf_kernels.engine.evaluate` as a page, whole.
@@ -49,8 +51,9 @@ def write_html(
         path: the HTML file.
         result: what ``evaluation.json`` holds.
         cases: those that were measured.
-        predictions: the folder with ``<case>_mask.nii.gz``.
-        shown: cases whose slices are shown, the lowest Dice first.
+        predictions: the folder with the masks.
+        masks: their files by case.
+        config: how many cases have their slices shown, the lowest Dice first; what is a lesion.
         report: its failures are listed.
 
     Returns:
@@ -67,7 +70,7 @@ def write_html(
     template = environment.from_string(source.read_text(encoding="utf-8"))
 
     measures = result["cases"]
-    worst = sorted(cases, key=lambda case: (measures[case.name]["dice"], case.name))[:shown]
+    worst = sorted(cases, key=lambda case: (measures[case.name]["dice"], case.name))[: config.cases]
     plots = {
         title: [row[name] for row in measures.values() if row[name] is not None]
         for name, (title, _, plotted) in MEASURES.items()
@@ -78,7 +81,7 @@ def write_html(
         measures=MEASURES,
         counts=COUNTS,
         plots=_embed(box_plots(plots)),
-        slices=_slices(worst, predictions),
+        slices=_slices(worst, masks, config.lesion_labels),
         shown=len(worst),
         alone=any(case.image == case.label for case in worst),
         predictions=predictions,
@@ -95,14 +98,16 @@ def write_html(
     return write_whole(path, write)
 
 
-def _slices(cases: Sequence[Case], predictions: Path) -> Iterator[tuple[str, str, str]]:
+def _slices(
+    cases: Sequence[Case], masks: Mapping[str, Path], lesion_labels: Sequence[int] | None
+) -> Iterator[tuple[str, str, str]]:
     """Name, picture and, where there is none, the reason, of each case."""
     for case in cases:
         assert case.label is not None
         try:
             reference = read_volume(case.image)
-            truth = read_label(case.label, reference).array > 0
-            mask = read_label(Path(predictions) / f"{case.name}_mask.nii.gz", reference).array > 0
+            truth = read_label(case.label, reference, lesion_labels).array > 0
+            mask = read_label(masks[case.name], reference).array > 0
         except InputError as error:  # it went away since it was measured
             yield case.name, "", str(error)
             continue

@@ -6,7 +6,7 @@ docs/data.md describes them.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from typing import Any
 
 from grcsf_kernels.engine import bids
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.report import Report
-from grcsf_kernels.engine.volumes import SUFFIXES, is_volume, stem
+from grcsf_kernels.engine.report import Report, warn
+from grcsf_kernels.engine.search import by_stem, one_each, volumes_in
+from grcsf_kernels.engine.sources import obstacle, read_json
+from grcsf_kernels.engine.volumes import SUFFIXES, stem
 
 _MADE_BY_US = ("_label", "_mask", "_residual", "_probability", "_uncertainty")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -81,24 +83,37 @@ def find_cases(
         InputError: the folder does not exist or holds no case, or ``dataset.json`` can't be used.
     """
     folder = Path(folder)
-    if folder.is_file():
+    if not os.path.isdir(folder):
+        problem = obstacle(folder)
+        if problem is not None and not os.path.isfile(folder):
+            raise InputError(folder, *problem)
         if labels:
             raise InputError(folder, "is a file", "expected a folder of images and labels")
-        return [_single(folder)]
-    if not folder.is_dir():
-        raise InputError(folder, "does not exist", "check the path")
-    images, found = _pairs(folder, report, labels, suffixes, lesion_labels)
-    for name in sorted(found.keys() - images.keys()):
+        return [_single(folder, report)]
+    images, found, reported = _pairs(folder, report, labels, suffixes, lesion_labels)
+    for name in sorted(found.keys() - images.keys() - reported):
         report.skip(found[name], f"{found[name]}: has no image; add it or remove the label")
     cases = []
     for name, (image, *more) in sorted(images.items()):
+        if name in reported:
+            continue
         if labels and name not in found:
-            report.skip(image, f"{image}: has no label; add it or remove the image")
+            report.skip(image, f"{image}: has no label; {_remedy(name, image)}")
             continue
         cases.append(Case(name, image, found.get(name), tuple(more)))
     if not cases:
-        raise InputError(folder, "holds no usable case", _WANTED)
+        why = "see the reasons above" if report.failed else _WANTED
+        raise InputError(folder, "holds no usable case", why)
     return cases
+
+
+def _remedy(name: str, image: Path) -> str:
+    """What to do about a label that is not there: there may be one of another name."""
+    others = [p for p in volumes_in(image.parent) if stem(p).startswith(f"{name}_") and p != image]
+    others = [p for p in others if not stem(p).endswith(_MADE_BY_US[2:])]
+    if stem(image) != f"{name}_image" or not others:
+        return "add it or remove the image"
+    return f"if {others[0].name} is it, call it {name}_label.nii.gz"
 
 
 def find_labels(
@@ -112,21 +127,32 @@ def find_labels(
         InputError: the folder does not exist or holds no label.
     """
     folder = Path(folder)
-    files = [p for p in sorted(folder.iterdir()) if is_volume(p)] if folder.is_dir() else []
-    apart = (folder / "images").is_dir() or any(stem(p).endswith("_image") for p in files)
-    if not files and not apart and folder.is_dir() and bids.is_bids(folder):
-        _, masks = bids.pairs(folder, report, ())
-        return [Case(name, path, path) for name, path in sorted(masks.items())]
+    files = volumes_in(folder)
+    apart = os.path.isdir(folder / "images") or any(stem(p).endswith("_image") for p in files)
+    if not files and not apart and os.path.isdir(folder) and bids.is_bids(folder):
+        _, masks, reported = bids.pairs(folder, report, ())
+        return [Case(n, path, path) for n, path in sorted(masks.items()) if n not in reported]
     if apart or not files:
         return find_cases(folder, report, labels=True, lesion_labels=lesion_labels)
-    found = [p for p in files if not stem(p).endswith(_MADE_BY_US[1:])]
+    own = [p for p in files if not stem(p).endswith(_MADE_BY_US[1:])]
+    found, _ = one_each(((stem(p).removesuffix("_label"), p) for p in own), report)
     if not found:
         raise InputError(folder, "holds no label", "expected <case>_label.nii.gz")
-    return [Case(stem(path).removesuffix("_label"), path, path) for path in found]
+    return [Case(name, path, path) for name, path in sorted(found.items())]
 
 
-# Images by case (a path for each channel), and labels by case.
-_Pairs = tuple[dict[str, list[Path]], dict[str, Path]]
+def find_masks(folder: Path, report: Report) -> tuple[dict[str, Path], set[str]]:
+    """The masks ``<case>_mask.nii.gz`` of a folder by case, and the cases that have several.
+
+    Raises:
+        InputError: the folder can't be listed.
+    """
+    masks = [path for path in volumes_in(folder) if stem(path).endswith("_mask")]
+    return one_each(((stem(path).removesuffix("_mask"), path) for path in masks), report)
+
+
+# Images by case (a path for each channel), labels by case, and the cases that were reported.
+_Pairs = tuple[dict[str, list[Path]], dict[str, Path], set[str]]
 
 
 def _pairs(
@@ -141,76 +167,104 @@ def _pairs(
         description = _dataset_json(root)
         if labels:
             _check_labels(root, description, lesion_labels)
-        return _nnunet(root, folder, description, report)
-    if (folder / "images").is_dir():
-        images = {stem(p): [p] for p in folder.glob("images/*") if is_volume(p)}
-        return images, {stem(p): p for p in folder.glob("labels/*") if is_volume(p)}
-    files = {stem(p): p for p in folder.iterdir() if is_volume(p)}
-    images = {n.removesuffix("_image"): [p] for n, p in files.items() if n.endswith("_image")}
-    found = {n.removesuffix("_label"): p for n, p in files.items() if n.endswith("_label")}
-    if not images and not found and bids.is_bids(folder):
-        return bids.pairs(folder, report, suffixes)
-    if not images and not labels:
-        plain = {n: p for n, p in files.items() if not n.endswith(_MADE_BY_US)}
-        images = _channels(plain) or {name: [path] for name, path in plain.items()}
-    return images, found
+        return _nnunet(root, folder, description, report, labels)
+    if os.path.isdir(folder / "images"):
+        files, double = by_stem(volumes_in(folder / "images"), report)
+        found, other = by_stem(volumes_in(folder / "labels"), report if labels else None)
+        _say_left_out(folder, volumes_in(folder), "only those in images and labels are taken")
+        images = {name: [path] for name, path in files.items()}
+        return images, found, double | (other if labels else set())
+    every = volumes_in(folder)
+    chosen = [p for p in every if stem(p).endswith(("_image", "_label"))]
+    if not chosen and bids.is_bids(folder):
+        return bids.pairs(folder, report, suffixes, labels=labels)
+    own = [p for p in chosen if stem(p).endswith("_label")]
+    named = ((stem(p).removesuffix("_label"), p) for p in own)
+    found, other = one_each(named, report if labels else None)
+    other = other if labels else set()
+    plain = [p for p in every if not stem(p).endswith(("_image", *_MADE_BY_US))]
+    if len(own) < len(chosen) or labels:
+        pictures = [p for p in chosen if stem(p).endswith("_image")]
+        files, double = one_each(((stem(p).removesuffix("_image"), p) for p in pictures), report)
+        _say_left_out(folder, plain, "names end in neither _image nor _label")
+        return {name: [path] for name, path in files.items()}, found, double | other
+    files, double = by_stem(plain, report)
+    channels = _channels(files, double)
+    if channels:
+        return channels, found, {name.rsplit("_", 1)[0] for name in double}
+    return {name: [path] for name, path in files.items()}, found, double
 
 
-def _single(path: Path) -> Case:
+def _say_left_out(folder: Path, paths: Sequence[Path], why: str) -> None:
+    if paths:
+        warn(f"{folder}: {len(paths)} file(s) are left out, such as {paths[0].name}: {why}")
+
+
+def _single(path: Path, report: Report) -> Case:
     """A case of one file; in an nnU-Net data set with the other channels beside it."""
     name = stem(path)
     part = _CHANNEL.fullmatch(name)
     if part and _nnunet_root(path.parent) is not None:
         if part[2] != "0000":
             raise InputError(path, "is not the first channel", f"name {part[1]}_0000 instead")
-        beside = sorted(p for p in path.parent.iterdir() if is_volume(p))
-        images = [p for p in beside if (m := _CHANNEL.fullmatch(stem(p))) and m[1] == part[1]]
+        beside = [p for p in volumes_in(path.parent) if stem(p)[:-5] == part[1]]
+        channels = [p for p in beside if _CHANNEL.fullmatch(stem(p))]
+        files, double = by_stem(channels, report)
+        if double:
+            raise InputError(path, "has a channel of two files", "keep one of them")
+        images = [files[channel] for channel in sorted(files)]
         return Case(part[1], images[0], None, tuple(images[1:]))
     return Case(name.removesuffix("_image"), path)
 
 
-def _channels(files: dict[str, Path]) -> dict[str, list[Path]]:
-    """Files that are all ``<case>_<four digits>``, from ``_0000`` on, by case; else nothing."""
-    parts = {name: _CHANNEL.fullmatch(name) for name in files}
-    cases: dict[str, list[Path]] = {}
+def _channels(files: dict[str, Path], double: set[str]) -> dict[str, list[Path]]:
+    """Files that are all ``<case>_<four digits>``, from ``_0000`` on, by case; else nothing.
+
+    ``double``: names that are there, and of which no file is used.
+    """
+    parts = {name: _CHANNEL.fullmatch(name) for name in {*files, *double}}
+    numbers: dict[str, list[str]] = {}
     for name, part in sorted(parts.items()):
-        if part is None or int(part[2]) != len(cases.setdefault(part[1], [])):
+        if part is None or int(part[2]) != len(numbers.setdefault(part[1], [])):
             return {}
-        cases[part[1]].append(files[name])
-    return cases
+        numbers[part[1]].append(name)
+    return {
+        case: [files[name] for name in names]
+        for case, names in numbers.items()
+        if not double.intersection(names)
+    }
 
 
 def _nnunet_root(folder: Path) -> Path | None:
     """The nnU-Net data set that ``folder`` is, or whose image folder it is."""
     folder = folder.resolve()
-    if (folder / "imagesTr").is_dir():
-        if not (folder / "dataset.json").is_file():
+    if os.path.isdir(folder / "imagesTr"):
+        if not os.path.lexists(folder / "dataset.json"):
             raise InputError(
                 folder, "has imagesTr and no dataset.json", "add the dataset.json of nnU-Net"
             )
         return folder
-    if re.fullmatch("images[A-Z].*", folder.name) and (folder.parent / "dataset.json").is_file():
-        return folder.parent
-    return None
+    beside = os.path.lexists(folder.parent / "dataset.json")
+    return folder.parent if re.fullmatch("images[A-Z].*", folder.name) and beside else None
 
 
 def _dataset_json(root: Path) -> dict[str, Any]:
     path = root / "dataset.json"
-    try:
-        description = json.loads(path.read_text())
+    kind = "the dataset.json of nnU-Net"
+    description = read_json(path, kind)
+    names = labels = None
+    if isinstance(description, dict):
         names = description.get("channel_names", description.get("modality"))
-        labels = description["labels"]
-        if not isinstance(names, dict) or not isinstance(labels, dict) or not names:
-            raise ValueError("channel_names and labels have to be mappings")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        problem = " ".join(str(error).split())
-        raise InputError(
-            path, f"can't be used ({problem})", "expected the dataset.json of nnU-Net"
-        ) from error
+        labels = description.get("labels")
+    if not isinstance(names, dict) or not isinstance(labels, dict) or not names:
+        problem = "can't be used (channel_names and labels have to be mappings)"
+        raise InputError(path, problem, f"expected {kind}")
     ending = description.get("file_ending", ".nii.gz")
     if ending not in SUFFIXES:
         raise InputError(
-            path, f"has file_ending {ending!r}", f"expected {' or '.join(SUFFIXES)}: convert them"
+            path,
+            f"has file_ending {str(ending)[:40]!r}",
+            f"expected {' or '.join(SUFFIXES)}: convert them",
         )
     return {"channels": len(names), "labels": labels, "ending": ending}
 
@@ -228,31 +282,41 @@ def _check_labels(
         shown = ", ".join(f"{name}: {value}" for name, value in description["labels"].items())
         raise InputError(
             root / "dataset.json",
-            f"has the labels {shown}",
+            f"has the labels {shown[:200]}",
             "set lesion_labels to the values that are lesions; the others count as background",
         )
 
 
-def _nnunet(root: Path, folder: Path, description: dict[str, Any], report: Report) -> _Pairs:
+def _nnunet(
+    root: Path, folder: Path, description: dict[str, Any], report: Report, labels: bool
+) -> _Pairs:
     inside = root / "imagesTr" if folder.resolve() == root else folder
     ending, count = description["ending"], description["channels"]
+    files, double = by_stem(volumes_in(inside), report)
+    reported = {name.rsplit("_", 1)[0] for name in double}
     parts: dict[str, dict[int, Path]] = {}
-    for path in sorted(p for p in inside.iterdir() if is_volume(p)):
-        part = _CHANNEL.fullmatch(stem(path))
-        if part is None or not path.name.endswith(ending):
+    for name, path in files.items():
+        part = _CHANNEL.fullmatch(name)
+        if part is None or not path.name.lower().endswith(ending):
             report.skip(path, f"{path}: has no channel number; expected <case>_0000{ending}")
         else:
             parts.setdefault(part[1], {})[int(part[2])] = path
-    images, broken = {}, set()
+    images = {}
     for name, channels in parts.items():
+        if name in reported:
+            continue
         missing = [index for index in range(count) if index not in channels]
         if missing or len(channels) != count:
-            broken.add(name)
+            reported.add(name)
             path = inside / f"{name}_{missing[0] if missing else max(channels):04d}{ending}"
             problem = "does not exist" if missing else "is not among the channels of dataset.json"
             report.skip(path, f"{path}: {problem}; expected {count} channel(s) for each case")
         else:
             images[name] = [channels[index] for index in range(count)]
     beside = root / f"labels{inside.name.removeprefix('images')}"
-    found = {stem(p): p for p in beside.glob(f"*{ending}") if is_volume(p)}
-    return images, {name: path for name, path in found.items() if name not in broken}
+    found, other = by_stem(volumes_in(beside), report if labels else None)
+    wrong = {name for name, path in found.items() if not path.name.lower().endswith(ending)}
+    for name in sorted(wrong) if labels else ():
+        report.skip(found[name], f"{found[name]}: does not end in {ending}; convert it")
+    found = {name: path for name, path in found.items() if name not in wrong}
+    return images, found, reported | (other | wrong if labels else set())

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,8 @@ from grcsf_kernels.engine.report import Report, for_each, warn
 from grcsf_kernels.engine.residuals import VolumeMaps
 from grcsf_kernels.engine.restore import Placement, load_placed, place_maps
 from grcsf_kernels.engine.scratch import Scratch
+from grcsf_kernels.engine.search import one_each
+from grcsf_kernels.engine.sources import read_list
 from grcsf_kernels.engine.volumes import read_residual, write_volume
 from grcsf_kernels.engine.windows import (
     SlidingWindow,
@@ -83,7 +84,7 @@ def predict(
         The report.
 
     Raises:
-        InputError: no image, two of one name, or model files that can't be used or do not belong
+        InputError: no image, or model files that can't be used or do not belong
             together.
         OSError: the disk is full.
     """
@@ -179,10 +180,11 @@ def find_images(
     """The cases of files, folders and ``.txt`` files with one path a line, by name.
 
     Paths in a text file that are not absolute start at its folder. A path of several that can't be
-    used is reported; a single one is an error.
+    used is reported; a single one is an error. Images of one name, whose masks would be one file,
+    are reported, and none of them is taken.
 
     Raises:
-        InputError: there is no image, or there are two of one name, whose masks would be one file.
+        InputError: there is no image, or a text file can't be read.
     """
     if isinstance(images, str | Path):
         paths, several = [Path(images)], False
@@ -190,10 +192,9 @@ def find_images(
         paths, several = [Path(path) for path in images], True
     listed: list[Path] = []
     for path in paths:
-        if path.suffix == ".txt" and path.is_file():
+        if path.suffix.lower() == ".txt":
             several = True
-            lines = (line.strip() for line in path.read_text().splitlines())
-            listed += [path.parent / line for line in lines if line]
+            listed += read_list(path)
         else:
             listed.append(path)
     cases: list[Case] = []
@@ -207,16 +208,11 @@ def find_images(
     if not cases:
         where = ", ".join(str(path) for path in paths) or "images"
         raise InputError(where, "no image was found", "name NIfTI files or folders of them")
-    cases = list(dict.fromkeys(cases))
-    name, count = Counter(case.name for case in cases).most_common(1)[0]
-    if count > 1:
-        both = [case.image for case in cases if case.name == name]
-        raise InputError(
-            both[1],
-            f"gives the same case name {name!r} as {both[0]}",
-            "rename one, or segment them into two folders",
-        )
-    return sorted(cases, key=lambda case: case.name)
+    by_image = {case.image: case for case in cases}
+    chosen, _ = one_each(((case.name, image) for image, case in by_image.items()), report)
+    if not chosen:
+        raise InputError(cases[0].image, "has the name of all others", "rename them")
+    return [by_image[image] for _, image in sorted(chosen.items())]
 
 
 @dataclass

@@ -66,8 +66,9 @@ def for_each(
             where = getattr(item, "image", item)
             problem = " ".join(str(error).split())
             if isinstance(error, NoRoomError):
+                needed = f"{error.strerror} in {error.filename}"
                 remedy = "free space there, or set accumulate and memory_gb"
-                report.skip(Path(str(where)), f"{where}: {problem}; {remedy}")
+                report.skip(Path(str(where)), f"{where}: {needed}; {remedy}")
                 continue
             if isinstance(error, OSError):
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +125,7 @@ class VolumeMaps:
         ranges: list[Tensor] = []
 
         def predictor(window: Tensor, numbers: Sequence[int]) -> Tensor:
-            seed = seed_of(config.seed, zlib.crc32(name.encode()), *numbers)
+            seed = seed_of(config.seed, zlib.crc32(os.fsencode(name)), *numbers)
             return self._maps.raw(window, torch.Generator().manual_seed(seed))
 
         def take(planes: slice, values: Tensor) -> None:

@@ -41,7 +41,10 @@ def _absence(path: Path, error: OSError) -> tuple[str, str]:
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and os.path.islink(path):
         target = os.readlink(path)
         if "annex/objects" in target:
-            return "is a link whose content is not here", "fetch it (datalad get), or remove it"
+            return (
+                "is a link whose content is not here",
+                "fetch it (datalad get, git annex get), or remove the link",
+            )
         return f"is a link to {target}, which is not there", "correct the link, or remove it"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "does not exist", "check the path"
@@ -138,7 +141,9 @@ def read_json(path: Path, kind: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
         problem = " ".join(str(error).split())[:120]
-        raise InputError(path, f"is no JSON ({problem})", f"expected {kind}") from error
+        raise InputError(
+            path, f"can't be used, it is no JSON ({problem})", f"expected {kind}"
+        ) from error
 
 
 def read_list(path: Path) -> list[Path]:
@@ -147,5 +152,6 @@ def read_list(path: Path) -> list[Path]:
     Raises:
         InputError: it can't be read, or is no text.
     """
-    lines = (line.strip() for line in read_text(path, "one path a line", names=True).splitlines())
-    return [path.parent / line for line in lines if line]
+    # Not splitlines(): names may hold what it takes for the end of a line.
+    lines = read_text(path, "one path a line", names=True).split("\n")
+    return [path.parent / line for text in lines if (line := text.strip(" \t\r"))]

@@ -51,8 +51,8 @@ def stem(path: Path) -> str:
 
 
 def is_volume(path: Path) -> bool:
-    """Whether the path looks like a NIfTI file that is not hidden."""
-    return path.name.lower().endswith(SUFFIXES) and path.name[0] != "." and os.path.isfile(path)
+    """Whether the path is called like a NIfTI file that is not hidden, whatever it is."""
+    return path.name.lower().endswith(SUFFIXES) and path.name[0] != "."
 
 
 def _open(path: Path, axes: int) -> tuple[Any, np.ndarray, tuple[int, ...]]:

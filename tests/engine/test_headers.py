@@ -111,7 +111,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
         "device": "is a pipe or a device",
         "folder": "is a folder",
         "gone": "is a link to /nowhere/a.nii.gz, which is not there",
-        "annex": "is a link whose content is not here; fetch it (datalad get)",
+        "annex": "is a link whose content is not here; fetch it (datalad get,",
         "round": "is a link to round.nii.gz",
         "none": "does not exist",
     }.items():

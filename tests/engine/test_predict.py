@@ -56,10 +56,13 @@ class TestInputs:
         assert len(report.done) == 1
         assert "gone.nii.gz: does not exist" in report.failed[0][1]
 
-    def test_two_cases_of_one_name_are_refused(self, folder, tmp_path, model):
+    def test_cases_of_one_name_are_reported_and_the_others_done(self, folder, tmp_path, model):
         other = shutil.copytree(folder, tmp_path / "other")
-        with pytest.raises(engine.InputError, match="gives the same case name 'case0' as"):
-            engine.predict([folder, other], model, tmp_path / "m", config())
+        (other / "case1_image.nii.gz").rename(other / "case3_image.nii.gz")
+        report = engine.predict([folder, other], model, tmp_path / "m", config())
+        assert names(report) == ["case1_mask.nii.gz", "case3_mask.nii.gz"]
+        lines = [line for _, line in report.failed if "gives the same name" in line]
+        assert len(lines) == 2 and all(str(folder) in line for line in lines)
 
     def test_no_image(self, tmp_path, model):
         (tmp_path / "list.txt").write_text("\n")
