@@ -11,20 +11,43 @@ _NEEDED = ("typer", "rich", "monai", "nibabel", "lightning_fabric", "safetensors
 
 def main() -> None:
     """``grcsf doctor`` runs without the ``train`` extra; everything else needs it."""
-    if sys.argv[1:2] == ["doctor"]:
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding lacks is escaped, and stops nothing.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.argv[1:2] == ["doctor"] and "--help" not in sys.argv[2:]:
         from grcsf_kernels.doctor import main as doctor
 
         raise SystemExit(doctor())
+    if sys.argv[1:2] == ["--version"]:
+        from grcsf_kernels._version import __version__
+
+        sys.stdout.write(f"grcsf-kernels {__version__}\n")
+        raise SystemExit(0)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        sys.stderr.write(
+        _fail(
             f'grcsf needs {", ".join(missing)}: pip install "grcsf-kernels[train]" '
-            "(grcsf doctor runs without)\n"
+            "(grcsf doctor runs without)"
         )
-        raise SystemExit(1)
-    from grcsf_kernels.engine.commands import app
-
+    try:
+        from grcsf_kernels.engine.commands import app
+        from grcsf_kernels.engine.guard import handle_sigterm
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except Exception as error:  # a damaged or unfit package among those that it is built on
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        _fail(
+            f"error: grcsf can't be loaded ({problem}); install it again with "
+            'pip install "grcsf-kernels[train]"; grcsf doctor says what there is'
+        )
+    handle_sigterm()
     app()
+
+
+def _fail(line: str, status: int = 1) -> None:
+    sys.stderr.write(f"{line}\n")
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -12,15 +13,56 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from grcsf_kernels import engine
-from grcsf_kernels.engine.config import dump_config
+from grcsf_kernels._version import __version__
+from grcsf_kernels.engine.config import PRESETS, dump_config
+from grcsf_kernels.engine.config import preset as preset_settings
+from grcsf_kernels.engine.errors import printable
 from grcsf_kernels.engine.evaluate import table
+from grcsf_kernels.engine.guard import discard_output, explain, say, show_traceback
 from grcsf_kernels.engine.report import console
+from grcsf_kernels.engine.settings import update
+
+# What typer raises for a wrong command line, beside the one that is public.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+class _OneLine(TyperGroup):
+    """A wrong command line is one line and the exit status 2."""
+
+    def main(
+        self,
+        args: Any = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line."""
+        args = sys.argv[1:] if args is None else list(args)
+        try:
+            status = super().main(args or ["--help"], "grcsf", complete_var, False, **extra)
+        except _UsageError as error:
+            context = getattr(error, "ctx", None)
+            command = "grcsf" if context is None else context.command_path
+            problem = " ".join(error.format_message().split()).rstrip(".")
+            say(f"error: {printable(problem)}; {command} --help shows what there is")
+            status = 2
+        except BaseException as error:
+            line, status = explain(error, "grcsf")
+            show_traceback(error)
+            say(line)
+        if not standalone_mode:
+            return status
+        raise SystemExit((status if isinstance(status, int) else 0) if args else 2)
+
 
 app = typer.Typer(
+    cls=_OneLine,
     help="Lesion segmentation with GRCSF: pretrain, residuals, train, predict, evaluate.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -32,21 +74,21 @@ _CONFIGS = {
     "predict": engine.PredictConfig,
     "evaluate": engine.EvaluateConfig,
 }
+_Topic = Enum("_Topic", {name: name for name in _CONFIGS}, type=str)  # type: ignore[misc]
+_Preset = Enum("_Preset", {name: name for name in PRESETS}, type=str)  # type: ignore[misc]
 
-
-class _Topic(str, Enum):
-    pretrain = "pretrain"
-    residuals = "residuals"
-    train = "train"
-    predict = "predict"
-    evaluate = "evaluate"
-
+# Names of files, which a folder for what is written does not have.
+_FILES = (".nii", ".nii.gz", ".safetensors", ".yaml", ".json", ".html")
 
 Config = TypeVar("Config")
 Data = Annotated[Path, typer.Argument(help="<case>_image.nii.gz, images/, nnU-Net or BIDS.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.")]
 Settings = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML; all settings: grcsf config COMMAND.")
+]
+Preset = Annotated[
+    _Preset | None,
+    typer.Option(help="small: to try it out on a CPU in an hour or so; before it: --config."),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; before the one in --config.")]
 Seed = Annotated[int | None, typer.Option(help="Before the one in --config.")]
@@ -59,48 +101,98 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make finished case
 
 
 def _command(function: Callable[..., engine.Report | None]) -> Callable[..., None]:
-    """Errors of the user's files are one line; exit status 1 if anything failed or was skipped."""
+    """Whatever it raises is one line; exit status 1 if anything failed or was skipped."""
 
     @app.command(name=function.__name__)
     @functools.wraps(function)
     def run(**options: Any) -> None:
-        # Under torchrun: the first process reports, the others say which they are.
-        rank = os.environ.get("RANK", "0")
-        label = "error" if rank == "0" else f"error in process {rank}"
         try:
             report = function(**options)
-        except engine.InputError as error:
-            typer.echo(f"{label}: {error}", err=True)
-            raise typer.Exit(1) from error
-        except OSError as error:
-            # A full disk, a folder without permission, a file where a folder is meant.
-            where = error.filename or options.get("output")
-            problem = f"{where}: {error.strerror or error}; check the path, the disk's space"
-            typer.echo(f"{label}: {problem} and the permissions", err=True)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt:
-            typer.echo("stopped: what is finished is kept, the same call goes on", err=True)
-            raise typer.Exit(130) from None
+            sys.stdout.flush()
+        except typer.Exit:
+            raise
+        except BaseException as error:
+            line, status = explain(error, f"grcsf {function.__name__}", options.get("output"))
+            show_traceback(error)
+            if isinstance(error, BrokenPipeError):
+                discard_output()
+            say(line)
+            raise typer.Exit(status) from error
         # A process of a training that is not the first has read the same cases as the first.
         if report is not None and report.failed and not console.quiet:
-            typer.echo(f"{len(report.failed)} input(s) skipped, see above", err=True)
+            say(f"{len(report.failed)} input(s) skipped, see above")
             raise typer.Exit(1)
 
     return run
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"grcsf-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="And nothing else."),
+    ] = False,
+) -> None:
+    pass
+
+
+def _folder(output: Path, *inputs: Path | None) -> Path:
+    """``output``, if it can be the folder of what is written beside these folders of inputs.
+
+    Raises:
+        InputError: a file, the name of one, an input, or a place where nothing can be written.
+    """
+    named = output.name.lower().endswith(_FILES)
+    if output.is_file() or (named and not output.is_dir()):
+        found = "is a file" if output.is_file() else "is the name of a file"
+        raise engine.InputError(output, found, "expected a folder for what is written")
+    for folder in inputs:
+        if folder is not None and folder.is_dir() and folder.resolve() == output.resolve():
+            remedy = "name another one: what is written would be read as input"
+            raise engine.InputError(output, "is the folder of the input", remedy)
+    there = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise engine.InputError(output, f"can't be made: {there} is a file", "name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        remedy = "name another folder, or see to its permissions"
+        raise engine.InputError(output, f"can't be written: {there} is read-only", remedy)
+    return output
+
+
 def _first_says(path: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(path)
+        typer.echo(printable(path))
 
 
-def _settings(cls: type[Config], path: Path | None, part: str = "", **overrides: Any) -> Config:
-    """The configuration of a file, or the defaults; options that were given come before it."""
-    config = cls() if path is None else engine.load_config(cls, path)
-    target = getattr(config, part) if part else config
-    for name, value in overrides.items():
+def _settings(
+    cls: type[Config],
+    path: Path | None,
+    options: dict[str, Any] | None = None,
+    part: str = "",
+    base: Config | None = None,
+) -> Config:
+    """The settings of a file over those of ``base``; options that were given come before both.
+
+    Args:
+        cls: of the settings.
+        path: the YAML file; None: no file.
+        options: the settings that options name; None where an option was not given.
+        part: where they are, such as ``"optimization"``; empty: at the top.
+        base: what the file leaves out; None: the defaults.
+    """
+    config = base or cls()
+    if path is not None:
+        config = engine.load_config(cls, path, config)
+    for name, value in (options or {}).items():
         if value is not None:
-            setattr(target, name, value)
+            # An error names the option.
+            update(getattr(config, part) if part else config, {name: value}, "command line")
     return config
 
 
@@ -112,6 +204,7 @@ def pretrain(
     device: Device = None,
     seed: Seed = None,
     epochs: Epochs = None,
+    preset: Preset = None,
 ) -> engine.Report:
     """Pretrain one masked autoencoder for each mask ratio; labels are not needed.
 
@@ -119,10 +212,10 @@ def pretrain(
     was.
     """
     report = engine.Report()
-    settings = _settings(
-        engine.PretrainConfig, config, "optimization", device=device, seed=seed, epochs=epochs
-    )
-    for path in engine.pretrain(data, output, settings, report):
+    options = {"device": device, "seed": seed, "epochs": epochs}
+    base = None if preset is None else preset_settings(preset.value, "pretrain")
+    settings = _settings(engine.PretrainConfig, config, options, "optimization", base)
+    for path in engine.pretrain(data, _folder(output, data), settings, report):
         _first_says(path)
     return report
 
@@ -141,8 +234,9 @@ def residuals(
 
     Cases that are finished are kept, and shared under torchrun, as by grcsf predict.
     """
-    settings = _settings(engine.ResidualsConfig, config, device=device, seed=seed)
-    return engine.cache_residuals(data, autoencoder or [], output, settings, overwrite=overwrite)
+    settings = _settings(engine.ResidualsConfig, config, {"device": device, "seed": seed})
+    folder = _folder(output, data)
+    return engine.cache_residuals(data, autoencoder or [], folder, settings, overwrite=overwrite)
 
 
 @_command
@@ -159,18 +253,18 @@ def train(
     fold: Annotated[
         int | None, typer.Option(help="With folds or splits_file; before the one in --config.")
     ] = None,
+    preset: Preset = None,
 ) -> engine.Report:
     """Train GRCSF on images with labels: writes model.safetensors.
 
     The same call again goes on where a stopped run was.
     """
     report = engine.Report()
-    settings = _settings(
-        engine.TrainConfig, config, "optimization", device=device, seed=seed, epochs=epochs
-    )
-    if fold is not None:
-        settings.fold = fold
-    _first_says(engine.train(data, output, settings, residuals, report))
+    options = {"device": device, "seed": seed, "epochs": epochs}
+    base = None if preset is None else preset_settings(preset.value, "train")
+    settings = _settings(engine.TrainConfig, config, options, "optimization", base)
+    settings = _settings(engine.TrainConfig, None, {"fold": fold}, base=settings)
+    _first_says(engine.train(data, _folder(output, data, residuals), settings, residuals, report))
     return report
 
 
@@ -205,20 +299,18 @@ def predict(
     Cases that are finished are kept: the same call goes on where a stopped one was. Under torchrun
     every process does its share.
     """
-    settings = _settings(
-        engine.PredictConfig,
-        config,
-        device=device,
-        probabilities=probabilities,
-        uncertainty=uncertainty,
-        threshold=threshold,
-    )
-    if device is not None:
-        settings.residuals.device = device
+    options = {
+        "device": device,
+        "probabilities": probabilities,
+        "uncertainty": uncertainty,
+        "threshold": threshold,
+    }
+    settings = _settings(engine.PredictConfig, config, options)
+    settings = _settings(engine.PredictConfig, None, {"device": device}, "residuals", settings)
     return engine.predict(
         images if len(images) > 1 else images[0],
         checkpoint,
-        output,
+        _folder(output, *images, residuals),
         settings,
         autoencoder or [],
         residuals,
@@ -247,10 +339,12 @@ def evaluate(
     Writes evaluation.json, and evaluation.html with plots and slices.
     """
     report = engine.Report()
-    lesion_labels = tuple(lesion_label) if lesion_label else None
-    settings = _settings(engine.EvaluateConfig, config, cases=cases, lesion_labels=lesion_labels)
+    options = {"cases": cases, "lesion_labels": lesion_label or None}
+    settings = _settings(engine.EvaluateConfig, config, options)
+    if output is not None:
+        _folder(output, labels)
     Console().print(table(engine.evaluate(predictions, labels, output, report, settings)))
-    typer.echo(Path(output or predictions) / "evaluation.html")
+    typer.echo(printable(Path(output or predictions) / "evaluation.html"))
     return report
 
 
@@ -266,15 +360,21 @@ def export(
     """
     from grcsf_kernels.engine.export import export_model
 
-    typer.echo(export_model(model, output))
+    typer.echo(printable(export_model(model, output)))
 
 
 @_command
 def config(
     command: Annotated[_Topic, typer.Argument(help="The command.")],
+    preset: Preset = None,
 ) -> None:
-    """Print all settings of a command with their defaults, as YAML."""
-    typer.echo(dump_config(_CONFIGS[command.value]()), nl=False)
+    """Print all settings of a command with their defaults and what they mean, as YAML.
+
+    What is printed is a file for --config; a file may leave out what is not to change.
+    """
+    name = command.value
+    settings = _CONFIGS[name]() if preset is None else preset_settings(preset.value, name)
+    typer.echo(dump_config(settings, comments=True), nl=False)
 
 
 @_command
@@ -295,4 +395,4 @@ def demo(
     """Pretrain, train and segment on a real brain with synthetic lesions, in a few minutes."""
     from grcsf_kernels.engine.demo import run_demo
 
-    run_demo(output, seed=seed)
+    run_demo(_folder(output), seed=seed)

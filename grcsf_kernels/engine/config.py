@@ -92,7 +92,7 @@ class AutoencoderConfig:
     mask_ratios: Annotated[tuple[ShareBetween, ...], NotEmpty()] = (0.5, 0.75)
     """Share of the patches that are hidden; each ratio is a model file and a residual map."""
     patch_size: Triple = (16, 16, 16)
-    """Voxels."""
+    """Voxels of a patch."""
     embed_dim: Count = 384
     """Features of a patch in the encoder; a multiple of num_heads."""
     depth: Count = 6
@@ -401,7 +401,7 @@ def preset(name: str, command: str) -> Any:
     """
     values = PRESETS.get(name, {}).get(command)
     if values is None:
-        known = ", ".join(preset for preset, commands in PRESETS.items() if command in commands)
-        raise InputError("--preset", f"is {name!r}", f"expected one of: {known or 'none'}")
+        known = ", ".join(f"{have} of {other}" for have in PRESETS for other in PRESETS[have])
+        raise InputError("--preset", f"{command} has no preset {name!r}", f"there is: {known}")
     base = {"pretrain": PretrainConfig, "train": TrainConfig}[command]()
     return update(base, copy.deepcopy(values), f"preset {name}")

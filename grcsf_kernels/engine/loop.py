@@ -44,7 +44,8 @@ from grcsf_kernels.engine.ema import WeightAverage
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import remove_leftovers
 from grcsf_kernels.engine.loader import CropMaker, MicroBatch, load_steps
-from grcsf_kernels.engine.report import console
+from grcsf_kernels.engine.pace import Pace
+from grcsf_kernels.engine.report import console, warn
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -253,6 +254,7 @@ def fit(
             )
             model.train()
             since, timed = time.perf_counter(), 0
+            pace = Pace(title, config.epochs * config.steps_per_epoch - run.done)
             for micros in steps:
                 epoch, index = micros[0].epoch, micros[0].step
                 rate = learning_rate(config, run.done)
@@ -261,6 +263,8 @@ def fit(
                 value = _one_step(run, micros)
                 run.done, run.total, timed = run.done + 1, run.total + value, timed + 1
                 progress.update(task_id, advance=1, loss=value)
+                if line := pace.step():
+                    warn(line)
                 if index + 1 < config.steps_per_epoch:
                     if config.checkpoint_every and run.done % config.checkpoint_every == 0:
                         save()
