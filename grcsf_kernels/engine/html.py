@@ -12,7 +12,7 @@ from typing import Any
 from grcsf_kernels._version import __version__
 from grcsf_kernels.engine.config import EvaluateConfig
 from grcsf_kernels.engine.data import Case
-from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.errors import InputError, printable
 from grcsf_kernels.engine.figures import PREDICTION, TRUTH, box_plots, draw_slices
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.report import Report
@@ -63,7 +63,12 @@ def write_html(
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Names of files may hold control characters and bytes that are no text.
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["number"] = _number
     source = resources.files("grcsf_kernels.engine").joinpath("evaluation.html.jinja")

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.layouts import Case
 from grcsf_kernels.engine.loop import seed_of
 from grcsf_kernels.engine.report import warn
+from grcsf_kernels.engine.sources import read_json
 
 Split = tuple[list[int], list[int]]
 
@@ -53,22 +56,24 @@ def split(cases: Sequence[Case], config: TrainConfig) -> Split:
 
 
 def _from_file(cases: Sequence[Case], path: Path, fold: int) -> Split:
+    kind = 'nnU-Net\'s splits_final.json: a list of {"train": [...], "val": [...]}'
     try:
-        splits = json.loads(path.read_text())
-        parts = [{kind: list(map(str, one[kind])) for kind in ("train", "val")} for one in splits]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = " ".join(str(error).split())
-        raise InputError(
-            path,
-            f"is no file of splits ({problem})",
-            'expected nnU-Net\'s splits_final.json: a list of {"train": [...], "val": [...]}',
-        ) from error
+        splits = read_json(path, kind)
+    except InputError as error:
+        raise InputError(path, f"is no file of splits: {error.problem}", error.remedy) from error
+    parts = [_names(path, number, one, kind) for number, one in enumerate(_listed(splits))]
+    if not parts:
+        raise InputError(path, "is no file of splits: it holds no list of them", f"expected {kind}")
     if fold >= len(parts):
         raise InputError("fold", f"is {fold}", f"expected below the {len(parts)} splits of {path}")
     chosen = parts[fold]
     both = set(chosen["train"]) & set(chosen["val"])
     if both:
         raise InputError(path, f"has {min(both)} in train and in val", "leave it in one")
+    for side, names in chosen.items():
+        name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+        if count > 1:
+            raise InputError(path, f"has {name} {count} times in {side}", "leave it in once")
     places = {case.name: index for index, case in enumerate(cases)}
     absent = [name for name in (*chosen["train"], *chosen["val"]) if name not in places]
     if absent:
@@ -81,10 +86,27 @@ def _from_file(cases: Sequence[Case], path: Path, fold: int) -> Split:
     )
     if not training:
         raise InputError(path, f"has no usable case to train on in split {fold}", "correct it")
+    if chosen["val"] and not validation:
+        warn(f"{path}: no case of val is there, so none validates; the last epoch is kept")
     shared = {cases[i].subject for i in training} & {cases[i].subject for i in validation}
     if shared:
         warn(f"{path}: {len(shared)} subject(s) are in train and in val: {min(shared)}")
     return training, validation
+
+
+def _listed(splits: Any) -> list[Any]:
+    return splits if isinstance(splits, list) else []
+
+
+def _names(path: Path, number: int, one: Any, kind: str) -> dict[str, list[str]]:
+    """The names of one split, by side."""
+    sides = {side: one.get(side) if isinstance(one, dict) else None for side in ("train", "val")}
+    for side, names in sides.items():
+        fits = isinstance(names, list) and all(isinstance(name, str | int) for name in names)
+        if not fits:
+            problem = f"is no file of splits: split {number} has no list of names in {side}"
+            raise InputError(path, problem, f"expected {kind}")
+    return {side: [str(name) for name in names or ()] for side, names in sides.items()}
 
 
 def save_split(path: Path, cases: Sequence[Case], parts: Split) -> None:

@@ -96,6 +96,14 @@ def test_splits_of_nnunet(tmp_path, capsys):
         ('[{"train": ["case00"]}]', "is no file of splits"),
         ('[{"train": ["case00"], "val": ["case00"]}]', "has case00 in train and in val"),
         ('[{"train": ["other"], "val": ["case00"]}]', "no usable case to train on"),
+        ("[]", "is no file of splits"),
+        ('"train"', "is no file of splits"),
+        ("[1, 2]", "is no file of splits: split 0 has no list of names in train"),
+        ('[{"train": "case00", "val": []}]', "no list of names in train"),
+        ('[{"train": ["case00"], "val": [["case01"]]}]', "no list of names in val"),
+        ('[{"train": ["case00", "case00"], "val": []}]', "has case00 2 times in train"),
+        ("[" * 100_000, "is no file of splits: .* no JSON"),
+        ('[{"train": ["case00"], "val": []}', "is no file of splits: .* no JSON"),
     ],
 )
 def test_a_wrong_file_of_splits(tmp_path, text, message):
@@ -105,6 +113,22 @@ def test_a_wrong_file_of_splits(tmp_path, text, message):
         split(PLAIN, config(splits_file=str(path)))
     with pytest.raises(InputError, match="is no file of splits"):
         split(PLAIN, config(splits_file=str(tmp_path / "none.json")))
+
+
+def test_a_file_of_splits_with_a_mark_of_byte_order_is_read(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_bytes(b'\xef\xbb\xbf[{"train": ["case00"], "val": ["case01"]}]')
+    assert split(PLAIN, config(splits_file=str(path))) == ([0], [1])
+    path.write_bytes('[{"train": ["Ünal"], "val": []}]'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"splits.json: .*is no text in UTF-8.*save it as UTF-8"):
+        split(PLAIN, config(splits_file=str(path)))
+
+
+def test_a_validation_of_cases_that_are_not_there_is_said(tmp_path, capsys):
+    path = tmp_path / "splits.json"
+    path.write_text('[{"train": ["case00"], "val": ["gone"]}]')
+    assert split(PLAIN, config(splits_file=str(path))) == ([0], [])
+    assert "no case of val is there" in capsys.readouterr().err
 
 
 def test_a_subject_on_both_sides_of_a_file_is_said(tmp_path, capsys):
