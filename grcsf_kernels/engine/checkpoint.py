@@ -8,25 +8,40 @@ weights-only loader.
 from __future__ import annotations
 
 import json
-import pickle
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from grcsf_kernels._version import __version__
 from grcsf_kernels.engine.config import DataConfig, from_dict, to_dict
+from grcsf_kernels.engine.digests import is_sealed, seal, tensors_digest
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
+from grcsf_kernels.engine.finite import require_finite, tensors_of
+from grcsf_kernels.engine.identity import differences
+from grcsf_kernels.engine.provenance import compare_maps
 from grcsf_kernels.models import GRCSF, MaskedAutoencoder
 from grcsf_kernels.models.pretrained import Pretrained
 
 _KINDS: dict[str, type[Pretrained]] = {"GRCSF": GRCSF, "MaskedAutoencoder": MaskedAutoencoder}
 Model = TypeVar("Model", bound=Pretrained)
+# Files that name a format have a checksum.
+_FORMAT = 2
+_DIGEST = re.compile(r', "sha256": "([0-9a-f]{64})"\}\Z')
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_LARGEST_CROP = 1 << 31  # voxels; no memory is claimed for what a damaged file asks
+_STATE = {"identity", "model", "average", "optimizer", "precision", "done", "total", "best"}
 
 
 @dataclass
@@ -62,6 +77,9 @@ def save_checkpoint(
         data: the preprocessing that it was trained with; None: not known.
         crop_size: voxels of its training crops; None: not known.
         maps: what made its residual maps, from :func:`read_maps`.
+
+    Raises:
+        InputError: a weight is NaN or infinite.
     """
     description = {
         "kind": kind_of(type(model)),
@@ -70,9 +88,14 @@ def save_checkpoint(
         "crop_size": None if crop_size is None else list(crop_size),
         "maps": maps,
         "version": __version__,
+        "format": _FORMAT,
     }
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    metadata = {"grcsf": json.dumps(description)}
+    require_finite(path, weights.items(), "weights", "nothing is written: train again")
+    text = json.dumps(description)
+    # Inside the one entry: several would have another order in every file.
+    digest = tensors_digest(weights.items(), text)
+    metadata = {"grcsf": f'{text[:-1]}, "sha256": "{digest}"}}'}
     return write_whole(path, lambda temporary: save_file(weights, temporary, metadata=metadata))
 
 
@@ -108,23 +131,28 @@ def load_model(path: Path, cls: type[Model]) -> Model:
         InputError: no such file, no model file of this library, truncated, of another kind, or
             with weights that do not fit its configuration.
     """
-    description, weights = _read(Path(path))
-    if description.get("kind") != kind_of(cls):
-        raise InputError(
-            path,
-            f"holds a {description.get('kind')}, and a {kind_of(cls)} is expected here",
-            "segmentation models come from grcsf train, autoencoders from grcsf pretrain",
-        )
-    return _build(Path(path), cls, description, weights)
+
+    def choose(kind: str) -> type[Model]:
+        if kind != kind_of(cls):
+            raise InputError(
+                path,
+                f"holds a {kind}, and a {kind_of(cls)} is expected here",
+                "segmentation models come from grcsf train, autoencoders from grcsf pretrain",
+            )
+        return cls
+
+    return _load(Path(path), choose)
 
 
 def load_any(path: Path) -> Pretrained:
     """Read a model file of either kind; see :func:`load_model`."""
-    description, weights = _read(Path(path))
-    kind = str(description.get("kind"))
-    if kind not in _KINDS:
-        raise InputError(path, f"holds a {kind}", f"expected {' or '.join(_KINDS)}")
-    return _build(Path(path), _KINDS[kind], description, weights)
+
+    def choose(kind: str) -> type[Pretrained]:
+        if kind not in _KINDS:
+            raise InputError(path, f"holds a {kind}", f"expected {' or '.join(_KINDS)}")
+        return _KINDS[kind]
+
+    return _load(Path(path), choose)
 
 
 def kind_of(cls: type[nn.Module]) -> str:
@@ -132,52 +160,142 @@ def kind_of(cls: type[nn.Module]) -> str:
     return next(base.__name__ for base in cls.__mro__ if base.__name__ in _KINDS)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and weights of a model file."""
+def _load(path: Path, choose: Callable[[str], type[Model]]) -> Model:
+    """Nothing of the weights is read before the header has been believed."""
     if not path.is_file():
         raise InputError(path, "does not exist", "check the path")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            description = _description(path, metadata)
+            cls = choose(str(description.get("kind")))
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            _expect_fitting(path, cls, description, shapes)
+            weights = {name: file.get_tensor(name) for name in shapes}
+    except InputError:
+        raise
+    except Exception as error:  # whatever the reader makes of bytes that are no model file
         raise InputError(
             path,
-            f"is no model file or is truncated ({' '.join(str(error).split())})",
+            f"is no model file or is truncated ({one_line(error)})",
             "expected a .safetensors file that grcsf wrote: copy it again",
         ) from error
-    if "grcsf" not in metadata:
-        raise InputError(path, "was not written by grcsf", "expected a model file of grcsf")
-    try:
-        return dict(json.loads(metadata["grcsf"])), weights
-    except (ValueError, TypeError) as error:
-        raise InputError(path, "has a damaged description", "copy it again") from error
-
-
-def _build(
-    path: Path, cls: type[Model], description: dict[str, Any], weights: dict[str, Tensor]
-) -> Model:
+    text = metadata["grcsf"]
+    digest = _DIGEST.search(text)
+    # Files of earlier versions have neither.
+    if (digest or "format" in description) and (
+        digest is None or digest[1] != tensors_digest(weights.items(), text[: digest.start()] + "}")
+    ):
+        raise InputError(path, "has another checksum than when it was written", "copy it again")
+    require_finite(path, weights.items(), "weights", "train again, or use another file")
     try:
         model = cls(**{**cls.absent, **description["config"]})
         model.load_state_dict(weights)
         data, size = description.get("data"), description.get("crop_size")
         model.preprocessing = None if data is None else from_dict(DataConfig, data, str(path))
-        model.crop_size = None if size is None else tuple(int(voxels) for voxels in size)
+        model.crop_size = None if size is None else _crop_size(size)
         maps = description.get("maps")  # not in files of earlier versions
+        compare_maps(maps, maps, path)  # fails where something is missing in it
         model.residual_maps = None if maps is None else dict(maps)
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
-        problem = " ".join(str(error).split())[:160]
-        raise InputError(
-            path,
-            f"has weights or settings of another architecture ({problem})",
-            f"use a file of grcsf-kernels {__version__}, or train again",
-        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever a constructor makes of another version's settings
+        raise _unfitting(path, one_line(error)) from error
     return model.eval()
 
 
+def one_line(error: Exception) -> str:
+    """The beginning of an error's text."""
+    return " ".join(str(error).split())[:160]
+
+
+def _description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if "grcsf" not in metadata:
+        raise InputError(path, "was not written by grcsf", "expected a model file of grcsf")
+    try:
+        description = json.loads(metadata["grcsf"])
+    except (ValueError, RecursionError) as error:
+        raise InputError(path, "has a damaged description", "copy it again") from error
+    if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
+        raise InputError(path, "has a damaged description", "copy it again")
+    return description
+
+
+def _crop_size(size: Any) -> tuple[int, ...]:
+    """ValueError where it can't be the size of a crop."""
+    fits = isinstance(size, list) and all(type(voxels) is int and voxels > 0 for voxels in size)
+    if not fits or len(size) not in (2, 3) or math.prod(size) > _LARGEST_CROP:
+        raise ValueError(f"crop_size is {size}")
+    return tuple(size)
+
+
+def _unfitting(path: Path, problem: str) -> InputError:
+    return InputError(
+        path,
+        f"has weights or settings of another architecture ({problem})",
+        f"use a file of grcsf-kernels {__version__}, or train again",
+    )
+
+
+def _expect_fitting(
+    path: Path,
+    cls: type[Pretrained],
+    description: dict[str, Any],
+    found: dict[str, tuple[str, tuple[int, ...]]],
+) -> None:
+    """Compare the network that the settings ask for with the file's header, without its memory.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if cls not in _KINDS.values():
+        return  # a class of the user's own may not be made without memory
+    try:
+        with torch.device("meta"), _at_most(2 * len(found) + 8):
+            expected = cls(**{**cls.absent, **description["config"]}).state_dict()
+    except Exception as error:  # whatever a constructor makes of settings that are none
+        raise _unfitting(path, one_line(error)) from error
+    for name, tensor in expected.items():
+        kind, shape = found.get(name, (None, ()))
+        if kind is None:
+            raise _unfitting(path, f"{name} is missing")
+        if shape != tuple(tensor.shape):
+            raise _unfitting(path, f"{name} is {shape}, expected {tuple(tensor.shape)}")
+        if kind not in _FLOATS:
+            raise _unfitting(path, f"{name} has type {kind}, expected one of {', '.join(_FLOATS)}")
+    unknown = sorted(found.keys() - expected.keys())
+    if unknown:
+        raise _unfitting(path, f"{unknown[0]} is unknown")
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Inside, this thread's modules get no more than ``count`` parameters: ValueError."""
+    thread, made = threading.get_ident(), 0
+
+    def register(module: nn.Module, name: str, parameter: object) -> None:
+        nonlocal made
+        if threading.get_ident() == thread:
+            made += 1
+            if made > count:
+                raise ValueError("its settings ask for more weights than it has")
+
+    handle = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def save_state(path: Path, state: dict[str, Any]) -> Path:
-    """Write a training state, whole."""
-    return write_whole(path, lambda temporary: torch.save(state, temporary))
+    """Write a training state, whole, with a checksum at its end."""
+
+    def write(temporary: Path) -> None:
+        torch.save(state | {"format": _FORMAT}, temporary)
+        seal(temporary)
+
+    return write_whole(path, write)
 
 
 def load_state(path: Path, identity: str) -> dict[str, Any] | None:
@@ -188,24 +306,33 @@ def load_state(path: Path, identity: str) -> dict[str, Any] | None:
         identity: the configuration that the run has; a state of another one is refused.
 
     Raises:
-        InputError: the file is damaged, holds anything but tensors and plain values, or belongs to
-            a run with other settings.
+        InputError: the file is damaged, holds anything but tensors and plain values or weights that
+            are NaN or infinite, or belongs to a run with other settings: it says which.
     """
     if not path.is_file():
         return None
+    remedy = "remove it to train from the start"
     try:
+        sealed = is_sealed(path)
+        if sealed is False:
+            raise ValueError("its checksum differs")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        problem = " ".join(str(error).split())[:120]
+        if not (isinstance(state, dict) and state.keys() >= _STATE):
+            raise ValueError("something else is in it")
+        # States of earlier versions have neither.
+        if sealed is None and "format" in state:
+            raise ValueError("its checksum is missing")
+    except Exception as error:  # whatever the reader makes of bytes that are no state
+        problem = one_line(error)
         raise InputError(
-            path,
-            f"is no training state, or a damaged one ({problem})",
-            "remove it to train from the start",
+            path, f"is no training state, or a damaged one ({problem})", remedy
         ) from error
-    if not isinstance(state, dict) or state.get("identity") != identity:
+    if state["identity"] != identity:
+        which = differences(state["identity"], identity)
         raise InputError(
             path,
-            "belongs to a run with other settings or other cases",
-            "use another output folder, or remove it to train from the start",
+            f"belongs to a run with other settings or other cases ({which})",
+            f"use another output folder, or {remedy}",
         )
+    require_finite(path, tensors_of(state), "weights", remedy)
     return state

@@ -7,19 +7,25 @@ Many processes are started by ``torchrun``, which also ends all of them when one
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from grcsf_kernels.engine.config import OptimizationConfig
 from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.files import saving
+from grcsf_kernels.engine.locks import only_run_in
+from grcsf_kernels.engine.ranks import expect_torchrun
 from grcsf_kernels.engine.report import console
 from grcsf_kernels.models.autoencoder import _Block
 from grcsf_kernels.models.unet import _ResidualBlock
@@ -47,7 +53,10 @@ def make_fabric(device: str, precision: str = "32-true", **options: Any) -> Fabr
     if device == "cpu" and precision == "16-mixed":
         raise InputError("precision", "is 16-mixed on the CPU", "use bf16-mixed or 32-true there")
     settings: dict[str, Any] = {"devices": 1, "accelerator": device} | options
-    if "plugins" not in settings:
+    if not options:
+        # One process, whatever Fabric makes of the variables of a SLURM job around it.
+        settings["plugins"] = [LightningEnvironment()]
+    if not options.get("plugins"):
         settings["precision"] = precision
     if device == "cuda" and settings["devices"] > torch.cuda.device_count():
         found = torch.cuda.device_count()
@@ -61,12 +70,15 @@ def launch(config: OptimizationConfig) -> Fabric:
     """Fabric for training: one process, or those of ``torchrun``.
 
     Raises:
-        InputError: the device, the precision or the strategy is unknown, or they do not fit.
+        InputError: the device, the precision or the strategy is unknown, or they do not fit; or
+            processes that something else than torchrun started.
     """
     strategy = config.strategy
     if strategy not in ("auto", "ddp", "fsdp"):
         raise InputError("strategy", f"is {strategy!r}", "expected auto, ddp or fsdp")
     started = dist.is_available() and dist.is_torchelastic_launched()
+    if not started:
+        expect_torchrun()
     world = int(os.environ["WORLD_SIZE"]) if started else 1
     if world == 1:
         return make_fabric(config.device, config.precision)
@@ -131,6 +143,23 @@ def on_first(fabric: Fabric, work: Callable[[], Result]) -> Result:
     if kind == "failed":
         raise InputError(*value)
     return value
+
+
+@contextmanager
+def only_run(fabric: Fabric, output: Path) -> Iterator[None]:
+    """Inside, no other run can write to ``output``, which is made.
+
+    Raises:
+        InputError: another run does, or the folder can't be written; every process raises it.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            with saving(output):
+                stack.enter_context(only_run_in(output))
+
+        on_first(fabric, enter)
+        yield
 
 
 def gather(fabric: Fabric, value: Result) -> list[Result]:

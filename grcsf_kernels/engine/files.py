@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.locks import lock, machine, unlock
 
 _PREFIX, _SUFFIX, _LOCK = ".grcsf-", ".tmp", "lock"
@@ -63,6 +66,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
             error.filename, error.filename2 = str(path), None
         raise
     return path
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Around the writing of ``path``, which is written whole.
+
+    Raises:
+        InputError: it can't be written; the former file is still there.
+    """
+    try:
+        yield
+    # What torch and safetensors make of a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())[:200]
+        remedy = "see to the disk's space and the permissions; the former file is kept"
+        raise InputError(path, f"can't be written ({problem})", remedy) from error
 
 
 def remove_leftovers(path: Path) -> None:

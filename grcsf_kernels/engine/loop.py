@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from grcsf_kernels.engine.checkpoint import load_state, save_state
 from grcsf_kernels.engine.config import OptimizationConfig
@@ -42,12 +42,18 @@ from grcsf_kernels.engine.distributed import (
 )
 from grcsf_kernels.engine.ema import WeightAverage
 from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.files import remove_leftovers
+from grcsf_kernels.engine.files import remove_leftovers, saving
+from grcsf_kernels.engine.finite import is_finite, require_finite, tensors_of
 from grcsf_kernels.engine.loader import CropMaker, MicroBatch, load_steps
 from grcsf_kernels.engine.pace import Pace
 from grcsf_kernels.engine.report import console, warn
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# The same call meets the same numbers again.
+_REMEDY = (
+    "lower optimization.learning_rate, take optimization.precision 32-true, or look at the "
+    "intensities of these cases: the same call would stop here again"
+)
 
 
 @dataclass
@@ -86,22 +92,6 @@ def learning_rate(config: OptimizationConfig, done: int) -> float:
 
 
 @contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Around the writing of ``path``, which is written whole.
-
-    Raises:
-        InputError: it can't be written; the former file is still there.
-    """
-    try:
-        yield
-    # What torch and safetensors make of a full disk.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        problem = " ".join(str(error).split())[:200]
-        remedy = "see to the disk's space and the permissions; the former file is kept"
-        raise InputError(path, f"can't be written ({problem})", remedy) from error
-
-
-@contextmanager
 def _named_loss_of_others(fabric: Fabric) -> Iterator[None]:
     """What a process sees of others that are gone becomes an InputError."""
     try:
@@ -130,6 +120,12 @@ class _Run:
     done: int = 0  # steps
     total: float = 0.0  # of the losses of the running epoch
     best: float = -math.inf
+    saved: int = 0  # steps that the state on the disk has
+
+    @property
+    def kept(self) -> str:
+        """What is on the disk, for the message of a run that stops."""
+        return f"the state after {self.saved} steps is kept" if self.saved else "no state is there"
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, whole on the first process."""
@@ -167,6 +163,25 @@ class _Run:
         )
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.done, self.total, self.best = state["done"], state["total"], state["best"]
+        self.saved = self.done
+
+
+def expect_own_states(fabric: Fabric, identities: dict[Path, str]) -> None:
+    """Look at the states of all trainings of a run before any file of it is written.
+
+    Args:
+        fabric: of the run.
+        identities: for each state's path the identity of its training.
+
+    Raises:
+        InputError: a state that does not belong to this run; all processes raise.
+    """
+
+    def look() -> None:
+        for path, identity in identities.items():
+            load_state(path, identity)
+
+    on_first(fabric, look)
 
 
 def fit(
@@ -193,8 +208,9 @@ def fit(
         log: called on the first process with a name, a value and the epoch.
 
     Raises:
-        InputError: a state that does not belong to this run, a loss that is NaN or Inf, a file that
-            can't be written, or another process that is gone. With several processes, all raise.
+        InputError: a state that does not belong to this run, a loss, gradient or weight that is NaN
+            or Inf, a file that can't be written, or another process that is gone. With several
+            processes, all raise. No state or model with such weights is written.
     """
     with _named_loss_of_others(fabric):
         # Read by the networks' forward; no parameter, and no part of the model file.
@@ -225,14 +241,21 @@ def fit(
                 where = f"epoch {epoch} of {config.epochs}" + (f" and {step} steps" if step else "")
                 console.print(f"{title}: going on after {where}")
 
+        def expect_good(named: Iterable[tuple[str, Tensor]]) -> None:
+            epoch, step = divmod(run.done - 1, config.steps_per_epoch)
+            where = f"epoch {epoch + 1}, step {step + 1}"
+            require_finite(where, named, "weights", f"{_REMEDY}; {run.kept}")
+
         def save() -> None:
             content = run.state() | {"identity": identity}
 
             def write() -> None:
+                expect_good(tensors_of(content))
                 with saving(state_path):
                     save_state(state_path, content)
 
             on_first(fabric, write)
+            run.saved = run.done
 
         def epoch_done(epoch: int) -> None:
             model.eval()
@@ -242,7 +265,12 @@ def fit(
                     if fabric.is_global_zero:
                         kept.load_state_dict(weights)
                         kept.eval()
-                run.best = on_first(fabric, lambda: task.epoch_done(kept, epoch, run.best))
+
+                def look_and_keep() -> float:
+                    expect_good(kept.state_dict().items())
+                    return task.epoch_done(kept, epoch, run.best)
+
+                run.best = on_first(fabric, look_and_keep)
 
         steps = load_steps(task.crops, config, fabric, run.done)
         with _progress(disable=not fabric.is_global_zero) as progress:
@@ -306,22 +334,33 @@ def _one_step(run: _Run, micros: list[MicroBatch]) -> float:
             # Strategies average gradients over processes; those of a sum add up.
             fabric.backward(loss * fabric.world_size)
     value = float(whole if task.loss is None else task.loss(whole))
-    # The same on every process, so that all of them stop.
     if not math.isfinite(value):
-        bad = [m.names for m, part in zip(micros, parts, strict=True) if not part.isfinite().all()]
-        names = ", ".join(name for some in gather(fabric, bad) for name in some)
-        raise InputError(
-            f"epoch {micros[0].epoch + 1}, step {micros[0].step + 1}",
-            f"the loss is {value} on {names or 'the whole batch'}",
-            "lower the learning rate, or look at the intensities of these cases; "
-            "the last state is kept",
-        )
-    fabric.clip_gradients(
+        bad = [m for m, part in zip(micros, parts, strict=True) if not is_finite(part)]
+        raise _not_finite(run, micros, f"the loss is {value}", bad)
+    found: Any = fabric.clip_gradients(
         wrapped, run.optimizer, max_norm=run.config.clip_norm, error_if_nonfinite=False
     )
+    norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
+    # 16-mixed passes over such a step and halves its scale, until there is nothing left to halve.
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    if not math.isfinite(norm) and (scaler is None or scaler.get_scale() <= 1):
+        raise _not_finite(run, micros, f"the norm of the gradient is {norm}", micros)
     run.optimizer.step()
     run.average.update()
     return value
+
+
+def _not_finite(
+    run: _Run, micros: list[MicroBatch], problem: str, bad: list[MicroBatch]
+) -> InputError:
+    """Of a step that is not taken: the same on every process, so that all of them stop."""
+    gathered = gather(run.fabric, [micro.names for micro in bad])
+    names = ", ".join(name for some in gathered for name in some)
+    return InputError(
+        f"epoch {micros[0].epoch + 1}, step {micros[0].step + 1}",
+        f"{problem} on {names or 'the whole batch'}",
+        f"{_REMEDY}; the step was not taken, {run.kept}",
+    )
 
 
 def _sum(fabric: Fabric, parts: list[Tensor]) -> Tensor:

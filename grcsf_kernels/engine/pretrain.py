@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from grcsf_kernels.engine.cache import CachedCases
@@ -24,11 +25,12 @@ from grcsf_kernels.engine.data import (
     load_sample,
     read_samples,
 )
-from grcsf_kernels.engine.distributed import launch, on_first
+from grcsf_kernels.engine.distributed import launch, on_first, only_run
 from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.files import saving
 from grcsf_kernels.engine.loader import MicroBatch, one_thread
 from grcsf_kernels.engine.logs import Logs
-from grcsf_kernels.engine.loop import Task, fit, saving, seed_of
+from grcsf_kernels.engine.loop import Task, expect_own_states, fit, seed_of
 from grcsf_kernels.engine.report import Report
 from grcsf_kernels.models import MaskedAutoencoder
 from grcsf_kernels.nn.masking import random_masks
@@ -57,7 +59,9 @@ def pretrain(
         The model files, in the order of the mask ratios.
 
     Raises:
-        InputError: no image can be used, or a setting that does not fit.
+        InputError: no image can be used, a setting that does not fit, another run that writes to
+            ``output`` or that left a state of other settings there, or what stops
+            :func:`grcsf_kernels.engine.loop.fit`.
     """
     report = Report() if report is None else report
     check(config)
@@ -80,51 +84,77 @@ def pretrain(
     fabric = launch(config.optimization)
     samples = _load(data, config, report)
     channels = samples[0].image.shape[0]
-    on_first(fabric, lambda: save_config(config, Path(output) / "pretrain.yaml"))
-    paths = []
-    for index, ratio in enumerate(model_config.mask_ratios):
-        path = autoencoder_path(output, ratio)
-        seed = seed_of(config.optimization.seed, index)
+    trainings = [
+        _Training(config, index, samples, channels, Path(output), fabric)
+        for index in range(len(model_config.mask_ratios))
+    ]
+
+    def describe() -> None:
+        with saving(output):
+            save_config(config, Path(output) / "pretrain.yaml")
+
+    with only_run(fabric, output):
+        # Nothing of the run that is there is overwritten before this one can go on from it.
+        expect_own_states(fabric, {one.state_path: one.identity for one in trainings})
+        on_first(fabric, describe)
+        for training in trainings:
+            training.run()
+    return [training.path for training in trainings]
+
+
+class _Training:
+    """Of the autoencoder of one mask ratio."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        index: int,
+        samples: Samples,
+        channels: int,
+        output: Path,
+        fabric: Fabric,
+    ) -> None:
+        self.config, self.output, self.fabric = config, output, fabric
+        self.ratio = ratio = config.model.mask_ratios[index]
+        self.path = autoencoder_path(output, ratio)
+        self.state_path = self.path.with_suffix(".state")
+        self.identity = run_identity(config, ratio, samples.names, fabric.world_size)
+        self.seed = seed = seed_of(config.optimization.seed, index)
+        self.crops = Crops(samples, config, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = build(config, ratio, channels)
-        optimization = dataclasses.replace(config.optimization, seed=seed)
-        logs = Logs(Path(output) / "logs" / path.stem, enabled=fabric.is_global_zero)
+            self.model = build(config, ratio, channels)
 
-        def parts(
-            network: nn.Module, batch: MicroBatch, seed: int = seed, ratio: float = ratio
-        ) -> Tensor:
-            sizes = zip(config.crop_size, model_config.patch_size, strict=True)
-            patches = prod(size // patch for size, patch in sizes)
-            generator = torch.Generator().manual_seed(seed_of(seed, batch.epoch, batch.step, 1))
-            # Of all crops of the step, so that it does not matter which process has which.
-            hidden = random_masks(batch.total, patches, ratio, 1, generator)[0]
-            own = hidden[batch.first : batch.first + len(batch.crops)]
-            loss, _, _ = network(batch.crops, own.to(batch.crops.device))
-            return loss * batch.share
+    def _parts(self, network: nn.Module, batch: MicroBatch) -> Tensor:
+        sizes = zip(self.config.crop_size, self.config.model.patch_size, strict=True)
+        patches = prod(size // patch for size, patch in sizes)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, batch.epoch, batch.step, 1))
+        # Of all crops of the step, so that it does not matter which process has which.
+        hidden = random_masks(batch.total, patches, self.ratio, 1, generator)[0]
+        own = hidden[batch.first : batch.first + len(batch.crops)]
+        loss, _, _ = network(batch.crops, own.to(batch.crops.device))
+        return loss * batch.share
 
-        def epoch_done(network: nn.Module, epoch: int, best: float, path: Path = path) -> float:
-            with saving(path):
-                save_checkpoint(path, network, config.data, config.crop_size)
-            return best
+    def _epoch_done(self, network: nn.Module, epoch: int, best: float) -> float:
+        with saving(self.path):
+            save_checkpoint(self.path, network, self.config.data, self.config.crop_size)
+        return best
 
-        fit(
-            model,
-            Task(
-                Crops(samples, config, seed),
-                parts,
-                None,
-                epoch_done,
-            ),
-            optimization,
-            fabric=fabric,
-            state_path=path.with_suffix(".state"),
-            identity=run_identity(config, ratio, samples.names, fabric.world_size),
-            title=f"autoencoder {ratio:.0%}",
-            log=logs.number,
-        )
-        paths.append(path)
-    return paths
+    def run(self) -> None:
+        """Train it, from where its state ends."""
+        folder = self.output / "logs" / self.path.stem
+        with Logs(folder, enabled=self.fabric.is_global_zero) as logs:
+            fit(
+                self.model,
+                Task(self.crops, self._parts, None, self._epoch_done),
+                dataclasses.replace(self.config.optimization, seed=self.seed),
+                fabric=self.fabric,
+                state_path=self.state_path,
+                identity=self.identity,
+                title=f"autoencoder {self.ratio:.0%}",
+                log=logs.number,
+            )
+        del self.model  # one at a time on the device
 
 
 def build(config: PretrainConfig, ratio: float, channels: int = 1) -> MaskedAutoencoder:

@@ -19,12 +19,57 @@ _LONGEST = timedelta(days=30)
 _calls = itertools.count()
 
 
+# How many tasks a launcher other than torchrun started this one with.
+_LAUNCHERS = {
+    "srun": "SLURM_STEP_NUM_TASKS",
+    "mpirun": "OMPI_COMM_WORLD_SIZE",
+    "mpiexec": "PMI_SIZE",
+}
+
+
+def _launched_by() -> tuple[str, str, str] | None:
+    """Launcher, variable and number of tasks, where there are several that do not know it."""
+    found = [(by, name, os.environ.get(name, "1")) for by, name in _LAUNCHERS.items()]
+    # A job's script is task 0 of its allocation, whatever srun will start from it.
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        found.append(("srun", "SLURM_NTASKS", os.environ.get("SLURM_NTASKS", "1")))
+    return next((one for one in found if one[2] != "1"), None)
+
+
+def expect_torchrun() -> None:
+    """Of a training that torchrun has not started: it must be the only one.
+
+    Raises:
+        InputError: variables of several processes, each of which would train the same.
+    """
+    remedy = "start the processes with torchrun (docs/training.md), or take the variables away"
+    texts = {n: os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if n in os.environ}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, text in texts.items():
+        if text != alone[name]:
+            raise InputError(name, f"is {text}, and torchrun has not set it", remedy)
+    launched = _launched_by()
+    if launched is not None:
+        by, name, tasks = launched
+        problem = f"is {tasks}: every task of {by} would train the same"
+        raise InputError(name, problem, "start one task on each node, with torchrun in it")
+
+
 def rank_and_world() -> tuple[int, int]:
     """``RANK`` and ``WORLD_SIZE``; 0 and 1 where they are not set.
 
     Raises:
-        InputError: variables that are no rank of a world.
+        InputError: variables that are no rank of a world, or a launcher that sets others.
     """
+    launched = None if "RANK" in os.environ else _launched_by()
+    if launched is not None:
+        by, name, tasks = launched
+        number = "SLURM_PROCID" if by == "srun" else "the number of the task"
+        raise InputError(
+            name,
+            f"is {tasks}: every task of {by} would do all cases",
+            f"set RANK to {number} and WORLD_SIZE to {name}, so that each does its share",
+        )
     texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         rank, world = (int(text) for text in texts)

@@ -25,11 +25,12 @@ from grcsf_kernels.engine.data import (
     residual_path,
 )
 from grcsf_kernels.engine.diagnosis import NotFiniteError
-from grcsf_kernels.engine.distributed import launch, on_first
+from grcsf_kernels.engine.distributed import launch, on_first, only_run
 from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.files import saving
 from grcsf_kernels.engine.loader import MicroBatch, one_thread
 from grcsf_kernels.engine.logs import Logs
-from grcsf_kernels.engine.loop import Task, fit, saving
+from grcsf_kernels.engine.loop import Task, expect_own_states, fit
 from grcsf_kernels.engine.losses import DiceFocal
 from grcsf_kernels.engine.metrics import dice
 from grcsf_kernels.engine.provenance import CachedMaps
@@ -65,7 +66,9 @@ def train(
         The model file.
 
     Raises:
-        InputError: no case can be used, or a setting that does not fit.
+        InputError: no case can be used, a setting that does not fit, another run that writes to
+            ``output`` or that left a state of other settings there, or what stops
+            :func:`grcsf_kernels.engine.loop.fit`.
     """
     report = Report() if report is None else report
     check(config)
@@ -89,12 +92,15 @@ def train(
         model = build(config, max(maps, 1), channels)
 
     def describe() -> None:
-        save_config(config, Path(output) / "train.yaml")
-        save_split(Path(output) / "split.json", samples.cases, divided)
+        with saving(output):
+            save_config(config, Path(output) / "train.yaml")
+            save_split(Path(output) / "split.json", samples.cases, divided)
 
-    on_first(fabric, describe)
     criterion = DiceFocal()
+    crops = LesionCrops(training, config, seed)
     path = Path(output) / "model.safetensors"
+    state_path = path.with_suffix(".state")
+    identity = run_identity(config, samples.names, fabric.world_size)
     logs = Logs(Path(output) / "logs", enabled=fabric.is_global_zero)
 
     def parts(network: nn.Module, batch: MicroBatch) -> Tensor:
@@ -120,16 +126,20 @@ def train(
                 return score
         return best
 
-    fit(
-        model,
-        Task(LesionCrops(training, config, seed), parts, criterion.loss, epoch_done),
-        config.optimization,
-        fabric=fabric,
-        state_path=path.with_suffix(".state"),
-        identity=run_identity(config, samples.names, fabric.world_size),
-        title="GRCSF" if config.model.use_gcu or config.model.use_rcu else "backbone",
-        log=logs.number,
-    )
+    with only_run(fabric, output), logs:
+        # Nothing of the run that is there is overwritten before this one can go on from it.
+        expect_own_states(fabric, {state_path: identity})
+        on_first(fabric, describe)
+        fit(
+            model,
+            Task(crops, parts, criterion.loss, epoch_done),
+            config.optimization,
+            fabric=fabric,
+            state_path=state_path,
+            identity=identity,
+            title="GRCSF" if config.model.use_gcu or config.model.use_rcu else "backbone",
+            log=logs.number,
+        )
     return path
 
 

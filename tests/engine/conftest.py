@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from grcsf_kernels.engine import (
     AutoencoderConfig,
@@ -132,6 +136,20 @@ def make_autoencoders(folder):
         path = folder / f"mae_{ratio}.safetensors"
         paths.append(save_checkpoint(path, model, config.data, config.crop_size))
     return paths
+
+
+def rewrite(path, description=lambda description: None, weights=lambda weights: None):
+    """Change a model file, and write it as earlier versions did: without a checksum."""
+    with safe_open(path, "pt") as file:
+        text = file.metadata()["grcsf"]
+    content, tensors = json.loads(text), load_file(path)
+    content.pop("format", None)
+    content.pop("sha256", None)
+    description(content)
+    weights(tensors)
+    path.unlink()  # a mapped file must not change under its reader
+    save_file(tensors, path, metadata={"grcsf": json.dumps(content)})
+    return path
 
 
 @pytest.fixture

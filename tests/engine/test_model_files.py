@@ -3,13 +3,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from engine.conftest import pretrain_config, residuals_config, train_config
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from engine.conftest import pretrain_config, residuals_config, rewrite, train_config
 
 from grcsf_kernels import engine
 from grcsf_kernels.engine import DataConfig, InputError
@@ -23,16 +19,6 @@ from grcsf_kernels.models import GRCSF, MaskedAutoencoder
 
 def small(**options):
     return GRCSF(channels=(4, 8), patch_size=4, num_heads=2, head_dim=4, rcu_levels=(0,), **options)
-
-
-def describe(path, change):
-    """Write the description inside a model file anew."""
-    with safe_open(path, "pt") as file:
-        description = json.loads(file.metadata()["grcsf"])
-    change(description)
-    weights = load_file(path)
-    path.unlink()
-    save_file(weights, path, metadata={"grcsf": json.dumps(description)})
 
 
 def test_a_module_comes_back(tmp_path):
@@ -122,7 +108,7 @@ def test_files_of_earlier_versions(folder, tmp_path, trained):
             description["data"].pop(name)
 
     for file in (path, *autoencoders):
-        describe(file, earlier)
+        rewrite(file, earlier)
     (tmp_path / "maps/residuals.json").unlink()
     assert MaskedAutoencoder.from_pretrained(autoencoders[0]).position_base == 10000
     assert len(predict(folder, tmp_path, path, autoencoders).done) == 1

@@ -217,7 +217,9 @@ def test_what_may_change_between_runs(folder, tmp_path):
     config.optimization.checkpoint_every, config.optimization.cache_gb = 1, 1.0
     engine.train(folder, tmp_path / "run", config)
     config.optimization.accumulate_batches = 2
-    with pytest.raises(engine.InputError, match="run with other settings"):
+    with pytest.raises(
+        engine.InputError, match=r"optimization.accumulate_batches is 1 there and 2 asked"
+    ):
         engine.train(folder, tmp_path / "run", config)
 
 
