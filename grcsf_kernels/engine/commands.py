@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from grcsf_kernels import engine
@@ -20,7 +19,7 @@ from grcsf_kernels._version import __version__
 from grcsf_kernels.engine.config import PRESETS, dump_config
 from grcsf_kernels.engine.config import preset as preset_settings
 from grcsf_kernels.engine.errors import printable
-from grcsf_kernels.engine.evaluate import table
+from grcsf_kernels.engine.evaluate import show
 from grcsf_kernels.engine.guard import discard_output, explain, say, show_traceback
 from grcsf_kernels.engine.report import console
 from grcsf_kernels.engine.settings import update
@@ -343,7 +342,7 @@ def evaluate(
     settings = _settings(engine.EvaluateConfig, config, options)
     if output is not None:
         _folder(output, labels)
-    Console().print(table(engine.evaluate(predictions, labels, output, report, settings)))
+    show(engine.evaluate(predictions, labels, output, report, settings))
     typer.echo(printable(Path(output or predictions) / "evaluation.html"))
     return report
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+from rich import box
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from grcsf_kernels.engine.config import EvaluateConfig, check
 from grcsf_kernels.engine.data import Case, find_labels, find_masks
-from grcsf_kernels.engine.errors import InputError
+from grcsf_kernels.engine.errors import InputError, printable
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.html import write_html
 from grcsf_kernels.engine.metrics import find_lesions, measure
@@ -21,14 +24,17 @@ from grcsf_kernels.engine.report import Report, for_each
 from grcsf_kernels.engine.statistics import sensitivity_by_size, summarize
 from grcsf_kernels.engine.volumes import read_label, read_volume, stem
 
+# Heading and digits behind the point.
 _COLUMNS = {
-    "dice": "Dice",
-    "lesion_f1": "lesion F1",
-    "sensitivity": "sensitivity",
-    "precision": "precision",
-    "hd95": "HD95, mm",
-    "volume_difference": "volume diff., mm³",
+    "dice": ("Dice", 3),
+    "lesion_f1": ("lesion\nF1", 3),
+    "sensitivity": ("sensitivity", 3),
+    "precision": ("precision", 3),
+    "hd95": ("HD95,\nmm", 1),
+    "volume_difference": ("volume\ndiff.,\nmm³", 0),
 }
+# Characters of a folded name, of a table at least, and in a file.
+_LEAST, _NARROW, _WIDE = 12, 70, 1000
 
 
 def evaluate(
@@ -112,12 +118,29 @@ def evaluate(
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result of :func:`evaluate` as a table for the terminal."""
-    shown = Table("case", *_COLUMNS.values(), "lesions found / missed / false")
+    """The result of :func:`evaluate` as a table; names are whole at any width, folded if needed."""
+    # Without lines between the columns there is room for names in 80 characters.
+    shown = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    shown.add_column("case", overflow="fold", min_width=_LEAST)
+    headings = [heading for heading, _ in _COLUMNS.values()]
+    for heading in (*headings, "lesions\nfound/\nmissed/\nfalse"):
+        shown.add_column(heading, justify="right", overflow="fold")
     for name, row in [*result["cases"].items(), ("mean", result["mean"])]:
         counts = (row[f"lesions_{kind}"] for kind in ("found", "missed", "false"))
-        values = ("-" if row[key] is None else f"{row[key]:.3f}" for key in _COLUMNS)
+        values = (
+            "-" if row[key] is None else f"{row[key]:.{digits}f}"
+            for key, (_, digits) in _COLUMNS.items()
+        )
         if name == "mean":
             shown.add_section()
-        shown.add_row(name, *values, " / ".join(f"{count:g}" for count in counts))
+        # No markup: a name may hold brackets.
+        shown.add_row(Text(printable(name)), *values, "/".join(f"{n:.4g}" for n in counts))
     return shown
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print :func:`table`, in a log or a pipe as wide as it needs to be."""
+    terminal, wide, shown = Console(), Console(width=_WIDE), table(result)
+    if terminal.is_terminal:
+        wide.width = max(terminal.width, _NARROW)
+    wide.print(shown)
