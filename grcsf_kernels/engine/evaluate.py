@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from grcsf_kernels.engine.config import EvaluateConfig, check
 from grcsf_kernels.engine.data import Case, find_labels, find_masks
 from grcsf_kernels.engine.errors import InputError, printable
 from grcsf_kernels.engine.files import write_whole
+from grcsf_kernels.engine.finished import Origin, image_digest, read_origin
 from grcsf_kernels.engine.html import write_html
+from grcsf_kernels.engine.layouts import MADE_BY_US
 from grcsf_kernels.engine.metrics import find_lesions, measure
-from grcsf_kernels.engine.report import Report, for_each
+from grcsf_kernels.engine.report import Report, for_each, warn
+from grcsf_kernels.engine.search import volumes_in
 from grcsf_kernels.engine.statistics import sensitivity_by_size, summarize
-from grcsf_kernels.engine.volumes import read_label, read_volume, stem
+from grcsf_kernels.engine.volumes import Volume, read_label, read_volume, stem
 
 # Heading and digits behind the point.
 _COLUMNS = {
@@ -34,7 +38,7 @@ _COLUMNS = {
     "volume_difference": ("volume\ndiff.,\nmm³", 0),
 }
 # Characters of a folded name, of a table at least, and in a file.
-_LEAST, _NARROW, _WIDE = 12, 70, 1000
+_LEAST, _NARROW, _WIDE = 12, 76, 1000
 
 
 def evaluate(
@@ -61,7 +65,9 @@ def evaluate(
         they are defined; ``summary``: means and medians with intervals
         (:func:`grcsf_kernels.engine.statistics.summarize`); ``lesions``: volume in mm^3 and
         whether it was found, of each lesion by case; ``lesions_by_size``: the share of them that
-        was found. What is not defined (the distance to an empty mask) is None.
+        was found; ``remarks``: masks whose header says that they were made from another image than
+        the label's, or with other settings or models than most. What is not defined (the distance
+        to an empty mask) is None.
 
     Raises:
         InputError: nothing can be measured, or a setting is out of its range.
@@ -71,6 +77,8 @@ def evaluate(
     report = Report() if report is None else report
     cases: dict[str, dict[str, float | None]] = {}
     lesions: dict[str, list[tuple[float, bool]]] = {}
+    origins: dict[Path, Origin] = {}
+    remarks: list[str] = []
 
     def work(case: Case) -> Path:
         assert case.label is not None
@@ -80,7 +88,7 @@ def evaluate(
         path = masks[case.name]
         reference = read_volume(case.image)
         label = read_label(case.label, reference, config.lesion_labels)
-        mask = read_label(path, reference)
+        mask = _read_mask(path, case, reference, origins, remarks)
         spacing = nib.affines.voxel_sizes(reference.affine)
         both = mask.array > 0, label.array > 0
         measures = measure(*both, spacing)
@@ -100,6 +108,13 @@ def evaluate(
     for_each(known, work, report, "measuring")
     if not cases:
         raise InputError(predictions, "no case can be measured", "see the reasons above")
+    runs = Counter(origin.run for origin in origins.values())
+    for path, origin in origins.items():
+        if origin.run != runs.most_common(1)[0][0]:
+            remarks.append(f"{path}: was made with other settings or models than most masks")
+    remarks = [printable(remark) for remark in remarks]
+    for remark in remarks:
+        warn(remark)
     summary = summarize(list(cases.values()))
     result = {
         "cases": cases,
@@ -107,6 +122,7 @@ def evaluate(
         "summary": summary,
         "lesions": {name: [list(lesion) for lesion in found] for name, found in lesions.items()},
         "lesions_by_size": sensitivity_by_size(lesions.values()),
+        "remarks": remarks,
     }
     folder = Path(output or predictions)
     text = json.dumps(result, indent=1)
@@ -115,6 +131,48 @@ def evaluate(
     page = folder / "evaluation.html"
     write_html(page, result, measured, predictions, masks, config, report)
     return result
+
+
+def _read_mask(
+    path: Path, case: Case, reference: Volume, origins: dict[Path, Origin], remarks: list[str]
+) -> Volume:
+    """The mask of a case, with a remark where its header says that it is of another image.
+
+    Raises:
+        InputError: it can't be used, or has another shape or affine than the label's image.
+    """
+    origin = read_origin(path)
+    own = True
+    if origin is not None:
+        origins[path] = origin
+        own = case.image == case.label or _is_of(origin, case)
+    where = f"was made from another image than {case.image}"
+    try:
+        mask = read_label(path, reference)
+    except InputError as error:
+        if own:
+            raise
+        remedy = "measure masks against the labels of the images that they were made from"
+        raise InputError(error.where, f"{where}, and {error.problem}", remedy) from error
+    if not own:
+        remarks.append(f"{path}: {where}: its numbers may be those of another patient")
+    return mask
+
+
+def _is_of(origin: Origin, case: Case) -> bool:
+    """Whether a mask may be of the image of a labelled case."""
+    if origin.image == image_digest(case.images):
+        return True
+    # A labelled case of BIDS has more images than those that it is found by.
+    known = (*case.images, case.label)
+    others = [
+        other
+        for other in volumes_in(case.image.parent)
+        if stem(other).startswith(f"{case.name}_")
+        and other not in known
+        and not stem(other).endswith(MADE_BY_US)
+    ]
+    return bool(others)
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -67,8 +67,7 @@ def write_html(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Names of files may hold control characters and bytes that are no text.
-        finalize=lambda value: printable(value) if type(value) is str else value,
+        finalize=_shown,
     )
     environment.filters["number"] = _number
     source = resources.files("grcsf_kernels.engine").joinpath("evaluation.html.jinja")
@@ -91,6 +90,7 @@ def write_html(
         alone=any(case.image == case.label for case in worst),
         predictions=predictions,
         failed=[reason for _, reason in report.failed],
+        remarks=result["remarks"],
         colors={"label": TRUTH, "prediction": PREDICTION},
         version=__version__,
     )
@@ -118,6 +118,12 @@ def _slices(
             continue
         image = None if case.image == case.label else reference.array
         yield case.name, _embed(draw_slices(image, truth, mask, reference.affine)), ""
+
+
+def _shown(value: object) -> object:
+    """Names and reasons as one line of characters that can be encoded; escaped after this."""
+    plain = isinstance(value, str | Path) and not hasattr(value, "__html__")
+    return printable(value) if plain else value
 
 
 def _embed(png: bytes) -> str:

@@ -20,7 +20,7 @@ from grcsf_kernels.engine.search import by_stem, one_each, volumes_in
 from grcsf_kernels.engine.sources import obstacle, read_json
 from grcsf_kernels.engine.volumes import SUFFIXES, stem
 
-_MADE_BY_US = ("_label", "_mask", "_residual", "_probability", "_uncertainty")
+MADE_BY_US = ("_label", "_mask", "_residual", "_probability", "_uncertainty")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _WANTED = (
     "expected <case>_image.nii.gz and <case>_label.nii.gz, images/ and labels/, an nnU-Net raw "
@@ -110,7 +110,7 @@ def find_cases(
 def _remedy(name: str, image: Path) -> str:
     """What to do about a label that is not there: there may be one of another name."""
     others = [p for p in volumes_in(image.parent) if stem(p).startswith(f"{name}_") and p != image]
-    others = [p for p in others if not stem(p).endswith(_MADE_BY_US[2:])]
+    others = [p for p in others if not stem(p).endswith(MADE_BY_US[2:])]
     if stem(image) != f"{name}_image" or not others:
         return "add it or remove the image"
     return f"if {others[0].name} is it, call it {name}_label.nii.gz"
@@ -134,7 +134,7 @@ def find_labels(
         return [Case(n, path, path) for n, path in sorted(masks.items()) if n not in reported]
     if apart or not files:
         return find_cases(folder, report, labels=True, lesion_labels=lesion_labels)
-    own = [p for p in files if not stem(p).endswith(_MADE_BY_US[1:])]
+    own = [p for p in files if not stem(p).endswith(MADE_BY_US[1:])]
     found, _ = one_each(((stem(p).removesuffix("_label"), p) for p in own), report)
     if not found:
         raise InputError(folder, "holds no label", "expected <case>_label.nii.gz")
@@ -182,7 +182,7 @@ def _pairs(
     named = ((stem(p).removesuffix("_label"), p) for p in own)
     found, other = one_each(named, report if labels else None)
     other = other if labels else set()
-    plain = [p for p in every if not stem(p).endswith(("_image", *_MADE_BY_US))]
+    plain = [p for p in every if not stem(p).endswith(("_image", *MADE_BY_US))]
     if len(own) < len(chosen) or labels:
         pictures = [p for p in chosen if stem(p).endswith("_image")]
         files, double = one_each(((stem(p).removesuffix("_image"), p) for p in pictures), report)
