@@ -16,7 +16,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from grcsf_kernels.nn.layers import affine, is_plain
 from grcsf_kernels.nn.rcu import RCU
 from grcsf_kernels.nn.squeeze_excitation import SqueezeExcitation
 
@@ -30,6 +32,11 @@ def _matrix(projection: Projection, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias of a projection."""
     if isinstance(projection, tuple):
         weight, bias = projection
+    elif isinstance(projection, nn.Linear) and not is_plain(projection):
+        # Its weight is what the last call left there: the layer says what it computes now.
+        with torch.no_grad():
+            like = next(projection.parameters(), torch.empty(0))
+            weight, bias = affine(name, projection, projection.in_features, like)
     elif isinstance(projection, _LAYERS):
         weight, bias = projection.weight, projection.bias
         if getattr(projection, "groups", 1) != 1:
@@ -43,6 +50,14 @@ def _matrix(projection: Projection, name: str) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"{name} has a weight {tuple(weight.shape)}, expected [out, in, 1, ...]")
     weight = weight.detach().flatten(1)
     return weight, None if bias is None else bias.detach()
+
+
+def _require_plain(name: str, layer: nn.Module) -> None:
+    if not is_plain(layer) or is_parametrized(layer):
+        raise ValueError(
+            f"{name} of the unit has an adapter, a parametrization or hooks, expected a plain "
+            "nn.Linear: copy the weights before these are added"
+        )
 
 
 def split_projection(projection: Projection, parts: int = 3) -> list[tuple[Tensor, Tensor | None]]:
@@ -107,6 +122,7 @@ def load_projections(
     found = {name: _matrix(p, f"load_projections: {name}") for name, p in sources.items()}
     # All shapes first, so that an error leaves the unit as it was.
     for name, (weight, bias) in found.items():
+        _require_plain(f"load_projections: {name}.{index}", getattr(unit, name)[index])
         expected = tuple(getattr(unit, name)[index].weight.shape)
         if tuple(weight.shape) != expected or (bias is not None and bias.shape != expected[:1]):
             raise ValueError(
@@ -187,6 +203,7 @@ def load_gate(gate: SqueezeExcitation, layers: nn.Module | Sequence[nn.Module]) 
         )
     ]
     for layer, weight, _ in found:
+        _require_plain("load_gate: a layer", layer)
         if weight.shape != layer.weight.shape:
             raise ValueError(
                 f"load_gate: layers has a weight {tuple(weight.shape)}, expected "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grcsf_kernels.nn.gated import gated
+from grcsf_kernels.nn.layers import affine
 from grcsf_kernels.nn.squeeze_excitation import compute_dtype
 from grcsf_kernels.ops import rcu
 
@@ -20,7 +21,9 @@ class RCU(nn.Module):
     ``key``, ``value`` and ``output``, and one learnable ``map_weight``; and a scoring network
     (``score_hidden``, ``score_output``) on the means of the patch and on the context. They are
     absorbed into the few weights of :func:`grcsf_kernels.rcu` at every call, under autograd. The
-    keys have no bias: it would cancel in the softmax.
+    keys have no bias: it would cancel in the softmax. A layer with an adapter (LoRA), pruning,
+    weight or spectral normalization, a parametrization, dynamic quantization of its weights or
+    hooks is called, on unit vectors: what hooks see are those, not voxels.
 
     Args:
         channels: channels C of the features.
@@ -126,6 +129,7 @@ class RCU(nn.Module):
 
         Raises:
             ValueError: a shape that does not fit, or a context that is missing or not expected.
+            RuntimeError: a layer that is not affine, such as an adapter with dropout in training.
         """
         self._check(x, residual, context)
         weights = self.absorbed(x, context)
@@ -154,22 +158,29 @@ class RCU(nn.Module):
 
     def _attention_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query_weight, query_bias, value_weight and value_bias: docs/operators.md, absorption."""
-        dtype = compute_dtype(x)
+        like = x.new_empty(0, dtype=compute_dtype(x))
 
-        def stacked(layers: nn.ModuleList, name: str) -> Tensor:
-            return torch.stack([getattr(layer, name).to(dtype) for layer in layers])
+        def stacked(name: str, features: int) -> tuple[Tensor, Tensor]:
+            layers = getattr(self, name)
+            found = [
+                affine(f"RCU: {name}.{k}", layer, features, like) for k, layer in enumerate(layers)
+            ]
+            weights, biases = zip(*found, strict=True)
+            return torch.stack(weights), torch.stack(biases)
 
         heads = (self.num_heads, self.head_dim)
-        key = stacked(self.key, "weight").unflatten(1, heads) / self.head_dim**0.5
-        query = stacked(self.query, "weight").unflatten(1, heads)
-        query_bias = stacked(self.query, "bias").unflatten(1, heads)
-        value = stacked(self.value, "weight").unflatten(1, heads)
-        output = stacked(self.output, "weight")
-        each = self.map_weight.to(dtype)
+        key, _ = stacked("key", self.map_channels)
+        key = key.unflatten(1, heads) / self.head_dim**0.5
+        query, query_bias = stacked("query", self.channels)
+        query, query_bias = query.unflatten(1, heads), query_bias.unflatten(1, heads)
+        value, inner_bias = stacked("value", self.map_channels)
+        output, outer_bias = stacked("output", self.num_heads * self.head_dim)
+        each = self.map_weight.to(like.dtype)
 
-        value_weight = torch.einsum("kxhd,khdc->kxhc", output.unflatten(2, heads), value)
-        value_bias = torch.einsum("kxw,kw->kx", output, stacked(self.value, "bias"))
-        value_bias = value_bias + stacked(self.output, "bias")
+        value_weight = torch.einsum(
+            "kxhd,khdc->kxhc", output.unflatten(2, heads), value.unflatten(1, heads)
+        )
+        value_bias = torch.einsum("kxw,kw->kx", output, inner_bias) + outer_bias
         return (
             torch.einsum("khdc,khdx->khcx", key, query),
             torch.einsum("khdc,khd->khc", key, query_bias),
@@ -181,14 +192,15 @@ class RCU(nn.Module):
         self, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The scoring network; the context's part goes into its bias, one for each sample."""
-        dtype = compute_dtype(x)
+        like = x.new_empty(0, dtype=compute_dtype(x))
         described = self.channels + self.num_maps * self.map_channels
-        weight = self.score_hidden.weight.to(dtype)
-        bias = self.score_hidden.bias.to(dtype).expand(x.shape[0], -1)
+        features = described + (self.context_channels or 0)
+        weight, bias = affine("RCU: score_hidden", self.score_hidden, features, like)
+        hidden = bias.expand(x.shape[0], -1)
         if context is not None:
-            bias = bias + context.to(dtype) @ weight[:, described:].T
-        output = self.score_output
-        return weight[:, :described], bias, output.weight[0].to(dtype), output.bias[0].to(dtype)
+            hidden = hidden + context.to(like.dtype) @ weight[:, described:].T
+        output, output_bias = affine("RCU: score_output", self.score_output, len(bias), like)
+        return weight[:, :described], hidden, output[0], output_bias[0]
 
     def _check(self, x: Tensor, residual: Tensor, context: Tensor | None) -> None:
         if x.ndim not in (4, 5) or x.shape[1] != self.channels:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grcsf_kernels.nn.layers import call
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """float64 for float64 data, else float32: the dtype of gates and of absorbed weights."""
@@ -47,9 +49,5 @@ class SqueezeExcitation(nn.Module):
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             means = x.flatten(2).mean(dim=2, dtype=dtype)
-            hidden = F.relu(_linear(self.squeeze, means))
-            return torch.sigmoid(_linear(self.excite, hidden))
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+            hidden = F.relu(call(self.squeeze, means))
+            return torch.sigmoid(call(self.excite, hidden))
