@@ -17,15 +17,19 @@ from grcsf_kernels.nn.masking import random_masks
 from grcsf_kernels.reference.residual_map import patchify
 
 
-class _Attention(nn.Module):
+class _QueryKeyValue(nn.Linear):
+    """The combined projection, which begins with equal keys and queries whatever resets it."""
+
     def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
+        super().__init__(width, 3 * width)
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "heads"):  # else torch is making the layer, and begin_equal() follows
+            self.begin_equal()
+
+    def begin_equal(self) -> None:
         """Begin with equal keys and queries: a token looks at those like it, so at its neighbors.
 
         With independent ones a small autoencoder spends its training on a mean head by place and
@@ -33,13 +37,25 @@ class _Attention(nn.Module):
 
         Source: Trockman & Kolter, ICML 2023, arXiv 2305.09828.
         """
-        width = self.project.in_features
+        width = self.in_features
         # A normalized token's score with itself is 12 in the mean, whatever the width of a head.
         deviation = (12 / (width * (width / self.heads) ** 0.5)) ** 0.5
-        query = torch.empty(width, width).normal_(std=deviation)
+        query = torch.empty_like(self.weight[:width]).normal_(std=deviation)
         with torch.no_grad():
-            self.qkv.weight[: 2 * width] = query.repeat(2, 1)
-            self.qkv.bias[: 2 * width] = 0
+            self.weight[: 2 * width] = query.repeat(2, 1)
+            self.bias[: 2 * width] = 0
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = _QueryKeyValue(width, heads)
+        self.project = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.qkv.begin_equal()
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = (
@@ -184,12 +200,16 @@ class MaskedAutoencoder(Pretrained):
             nn.LayerNorm(embed_dim),
         )
         self.bridge = nn.Linear(embed_dim, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(decoder_dim))
+        self.mask_token = nn.Parameter(torch.empty(decoder_dim))
         self.decoder = nn.Sequential(
             *(_Block(decoder_dim, decoder_heads, mlp_ratio) for _ in range(decoder_depth)),
             nn.LayerNorm(decoder_dim),
         )
         self.predict = nn.Linear(decoder_dim, values)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A fresh mask token; the layers have a ``reset_parameters`` each."""
         nn.init.normal_(self.mask_token, std=0.02)
 
     def patchify(self, image: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grcsf_kernels.ops import rcu
 from grcsf_kernels.ops.checks import patch_tuple
+from grcsf_kernels.ops.registration import without_autocast
 from grcsf_kernels.reference.rcu import Region, regions
 
 
@@ -52,7 +53,7 @@ def gated(
         if 0 in region.counts:
             continue
         own, other = _patches(x, region), _patches(flat, region)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             found = _scores(own, other, weight1, bias1, weight2, bias2)
         scores[region.grid] = found
         chosen = ~(found < threshold)  # a score of NaN leaves no patch out: it has to show

@@ -8,6 +8,8 @@ is more than a plain ``nn.Linear`` is called.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,19 @@ from torch.nn.modules.dropout import _DropoutNd
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def is_plain(layer: nn.Module) -> bool:
+class OpenLinear(nn.Linear):
+    """A linear layer that begins with biases of 1, so that every rectified unit is on.
+
+    A layer of its own, so that it begins so whatever resets it, before or after its parent.
+    """
+
+    def reset_parameters(self) -> None:
+        """The weights as torch has them, the biases 1."""
+        super().reset_parameters()
+        nn.init.ones_(self.bias)
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the layer's ``weight`` and ``bias`` say all it does; also with parametrizations."""
     return type(layer).forward is nn.Linear.forward and not (
         layer._forward_hooks
@@ -54,7 +68,8 @@ def affine(name: str, layer: nn.Module, features: int, like: Tensor) -> tuple[Te
         TypeError: the layer takes quantized tensors only, or gives no tensor [N, out].
     """
     if is_plain(layer):
-        weight, bias = layer.weight.to(like.dtype), layer.bias
+        weight: Tensor = layer.weight.to(like.dtype)
+        bias: Tensor | None = layer.bias
         return weight, weight.new_zeros(len(weight)) if bias is None else bias.to(like.dtype)
     for part in layer.modules():
         if isinstance(part, _DropoutNd) and part.training and part.p > 0:

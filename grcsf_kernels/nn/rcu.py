@@ -12,6 +12,7 @@ from grcsf_kernels.nn.gated import gated
 from grcsf_kernels.nn.layers import affine
 from grcsf_kernels.nn.squeeze_excitation import compute_dtype
 from grcsf_kernels.ops import rcu
+from grcsf_kernels.ops.registration import without_autocast
 
 
 class RCU(nn.Module):
@@ -153,7 +154,7 @@ class RCU(nn.Module):
             query_weight, query_bias, value_weight, value_bias, score_weight1, score_bias1,
             score_weight2 and score_bias2.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return (*self._attention_weights(x), *self._score_weights(x, context))
 
     def _attention_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grcsf_kernels.nn.layers import call
+from grcsf_kernels.nn.layers import OpenLinear, call
+from grcsf_kernels.ops.registration import without_autocast
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -38,16 +39,15 @@ class SqueezeExcitation(nn.Module):
             if value < 1:
                 raise ValueError(f"SqueezeExcitation: {name} is {value}, expected at least 1")
         hidden = max(channels // reduction, 1)
-        self.squeeze = nn.Linear(channels, hidden)
-        self.excite = nn.Linear(hidden, channels)
         # Means of normalized features hardly differ between inputs, so about half of the rectified
         # units would start off for all of them and never learn. This starts them on.
-        nn.init.ones_(self.squeeze.bias)
+        self.squeeze = OpenLinear(channels, hidden)
+        self.excite = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate [B, C] of ``x`` [B, C, *S], float32 (float64 for float64 input)."""
         dtype = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             means = x.flatten(2).mean(dim=2, dtype=dtype)
             hidden = F.relu(call(self.squeeze, means))
             return torch.sigmoid(call(self.excite, hidden))

@@ -9,6 +9,7 @@ kernels. The kernel that is registered checks its arguments, makes them dense, a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,12 +41,17 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         device_type = next(a for a in args if isinstance(a, Tensor)).device.type
-        if not torch.amp.is_autocast_available(device_type):
-            return kernel(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(device_type):
             return kernel(*args, **kwargs)
 
     return run
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast switched off; nothing on devices that have none, such as meta."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def register_autograd(
