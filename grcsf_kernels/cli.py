@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
 _NEEDED = ("typer", "rich", "monai", "nibabel", "lightning_fabric", "safetensors", "scipy", "yaml")
@@ -30,6 +31,9 @@ def main() -> None:
             f'grcsf needs {", ".join(missing)}: pip install "grcsf-kernels[train]" '
             "(grcsf doctor runs without)"
         )
+    # MONAI imports matplotlib, which refuses the value that notebooks hand down to their shells.
+    # Nothing is ever shown here.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         from grcsf_kernels.engine.commands import app
         from grcsf_kernels.engine.guard import handle_sigterm

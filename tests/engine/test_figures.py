@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +92,24 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one case"):
         figures.save_figure(tmp_path / "p.png", [], title="t")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_backend_of_a_notebook_breaks_no_command():
+    """A shell of Jupyter or Colab has MPLBACKEND of a package that is not in every environment."""
+    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
+    command = [sys.executable, "-m", "grcsf_kernels.cli", "config", "evaluate"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "cases: 20" in run.stdout
+
+
+def test_pictures_do_not_depend_on_the_backend_of_the_session(monkeypatch):
+    """Nor do they change it: figures are drawn without pyplot."""
+    truth = np.zeros((8, 9, 4), bool)
+    truth[2:5, 3:6, 1:3] = True
+    image = np.random.default_rng(0).random(truth.shape, np.float32)
+    first = figures.draw_slices(image, truth, truth, np.eye(4))
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "template")
+    assert figures.draw_slices(image, truth, truth, np.eye(4)) == first
+    assert figures.box_plots({"Dice": [0.1, 0.5]}).startswith(b"\x89PNG")
+    assert matplotlib.rcParams["backend"] == "template"
