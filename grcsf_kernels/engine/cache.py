@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grcsf_kernels.engine.data import Case, Sample
+from grcsf_kernels.engine.errors import printable
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.volumes import read_geometry
 
@@ -71,7 +73,7 @@ class CachedCases:
         for file in files:
             # One that is missing is for the reader to complain about.
             facts.append([str(file.absolute())])
-            if file.is_file():
+            if os.path.isfile(file):
                 status = file.stat()
                 facts[-1] += [str(status.st_size), str(status.st_mtime_ns)]
         key = json.dumps([_FORMAT, self._settings, case.name, facts])
@@ -106,7 +108,7 @@ def _write(path: Path, sample: Sample) -> None:
         if value is not None:
             tensors[name] = torch.as_tensor(value).as_subclass(Tensor).contiguous()
     metadata = {
-        "case": sample.case.name,
+        "case": printable(sample.case.name),
         "affine": json.dumps(torch.as_tensor(sample.image.affine).tolist()),
         "checksum": _checksum(tensors),
     }

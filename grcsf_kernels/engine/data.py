@@ -21,6 +21,7 @@ from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.layouts import Case, find_cases, find_labels, find_masks
 from grcsf_kernels.engine.preprocessing import Preprocessing
 from grcsf_kernels.engine.report import Report, console
+from grcsf_kernels.engine.sources import obstacle
 from grcsf_kernels.engine.volumes import Volume, read_image, read_label, read_residual
 
 __all__ = [
@@ -102,8 +103,8 @@ def load_sample(
             )
     if residuals is not None:
         path = residual_path(residuals, case)
-        if not path.is_file():
-            raise InputError(path, "does not exist", "run grcsf residuals on the same data first")
+        if (problem := obstacle(path)) is not None:
+            raise InputError(path, problem[0], "run grcsf residuals on the same data first")
         sample.residual = preprocessing.place(read_residual(path, volume), box).as_tensor()
     volume.array = np.empty((0, 0, 0), np.float32)
     return sample

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grcsf_kernels.engine.errors import printable
 from grcsf_kernels.engine.figures import PREDICTION, TRUTH, largest_slice
 from grcsf_kernels.engine.report import warn
 
@@ -74,7 +75,7 @@ class Logs:
 
         def entry(writer: Any) -> None:
             figure = draw_overlay(name, image, label, prediction)
-            writer.add_figure(f"validation/{name}", figure, epoch)
+            writer.add_figure(f"validation/{printable(name)}", figure, epoch)
 
         self._write(entry)
 
@@ -105,5 +106,6 @@ def draw_overlay(
         if inside.any() and not inside.all():
             axis.contour(inside, levels=[0.5], colors=color, linewidths=1.2)
     axis.set_axis_off()
-    axis.set_title(f"{name}, slice {index}: label blue, prediction orange", fontsize=8)
+    title = f"{printable(name)}, slice {index}: label blue, prediction orange"
+    axis.set_title(title, fontsize=8, parse_math=False)
     return figure

@@ -19,7 +19,7 @@ from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.finished import Origin, image_digest, read_origin
 from grcsf_kernels.engine.report import warn
-from grcsf_kernels.engine.sources import read_json
+from grcsf_kernels.engine.sources import obstacle, read_json
 
 _FILE = "residuals.json"
 
@@ -127,8 +127,8 @@ class CachedMaps:
         path = residual_path(self.folder, case)
         if case in self._known:
             return path
-        if not path.is_file():
-            raise InputError(path, "does not exist", "run grcsf residuals on the same data first")
+        if (problem := obstacle(path)) is not None:
+            raise InputError(path, problem[0], "run grcsf residuals on the same data first")
         origin = read_origin(path)
         if origin is None:
             self._say_unknown(path)

@@ -73,6 +73,8 @@ def for_each(
             if isinstance(error, OSError):
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
+                if error.strerror and error.filename:
+                    problem = f"{error.strerror}: {error.filename}"
                 remedy = "check the path and the permissions"
                 report.skip(Path(str(where)), f"{where}: failed, {problem}; {remedy}")
                 continue

@@ -138,3 +138,47 @@ def test_text_of_any_size_takes_bounded_memory(tmp_path):
     for read in (read_text, read_list, lambda path: read_json(path, "JSON")):
         with pytest.raises(InputError, match=r"list.txt: has more than \d+ bytes"):
             read(path)
+
+
+def test_logs_and_cache_take_names_of_any_characters(tmp_path):
+    names = (NAMES["not UTF-8"], NAMES["two lines"], "$x_$^")
+    for name in names:
+        write(tmp_path / f"data/{name}_image.nii.gz", blob(0)[0])
+        write(tmp_path / f"data/{name}_label.nii.gz", blob(0)[1])
+    config = train_config(use_rcu=False, epochs=1, cache_dir=str(tmp_path / "cache"))
+    config.validation_fraction, config.overlays = 0.7, 2
+    report = engine.Report()
+    engine.train(tmp_path / "data", tmp_path / "run", config, report=report)
+    assert not report.failed and len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+    (split,) = json.loads((tmp_path / "run/split.json").read_text())
+    assert sorted(split["train"] + split["val"]) == sorted(names)
+
+
+def test_a_name_that_is_too_long_for_an_output_is_of_that_case(tmp_path, model, capfd):
+    """Its mask has a name that the system takes, its probabilities have not."""
+    folder, name = tmp_path / "data", "x" * 240
+    for case in ("sound", name):
+        write(folder / f"{case}.nii.gz", blob(0)[0])
+    settings = predict_config(probabilities=True)
+    report = engine.predict(folder, model, tmp_path / "out", settings)
+    assert [path.name for path in report.done] == ["sound_mask.nii.gz"]
+    (failure,) = report.failed
+    assert "File name too long" in failure[1] and failure[1].isprintable() and ";" in failure[1]
+    assert {path.name for path in (tmp_path / "out").glob("*")} == {
+        "sound_mask.nii.gz",
+        "sound_probability.nii.gz",
+    }
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_name_that_is_too_long_for_maps_stops_no_training(folder, tmp_path):
+    autoencoders = make_autoencoders(tmp_path)
+    for kind, array in zip(("image", "label"), blob(0), strict=True):
+        write(folder / f"{'x' * 240}_{kind}.nii.gz", array)
+    maps, config = tmp_path / "maps", train_config(epochs=1)
+    report = engine.cache_residuals(folder, autoencoders, maps, residuals_config())
+    assert len(report.done) == 3 and "File name too long" in report.failed[0][1]
+    report = engine.Report()
+    engine.train(folder, tmp_path / "run", config, maps, report)
+    (failure,) = report.failed
+    assert "x_residual.nii.gz: " in failure[1] and failure[1].isprintable()
