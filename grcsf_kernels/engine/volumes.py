@@ -165,7 +165,7 @@ def read_geometry(path: Path) -> Volume:
     Raises:
         InputError: no such file, no NIfTI, or a damaged one.
     """
-    image, affine = open_nifti(path)
+    image, affine = open_nifti(path, whole=False)
     return Volume(np.empty((0, 0, 0), np.float32), affine, image.header, Path(path))
 
 

@@ -140,6 +140,21 @@ def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
     assert sum(unpacked) < 1 << 24
 
 
+def test_geometry_is_read_without_unpacking_the_voxels(tmp_path, monkeypatch):
+    """Cached cases ask for it whenever a crop is made."""
+    path = write(tmp_path / "a.nii.gz", np.zeros((128, 128, 64), np.float32))
+    unpacked, original = [], gzip.GzipFile.read
+
+    def count(self, size=-1):
+        block = original(self, size)
+        unpacked.append(len(block))
+        return block
+
+    monkeypatch.setattr(gzip.GzipFile, "read", count)
+    assert np.allclose(read_geometry(path).affine, AFFINE, rtol=1e-6)
+    assert 0 < sum(unpacked) < 1000
+
+
 def test_a_rounding_error_in_a_quaternion_is_read(tmp_path):
     """Half turns are stored as a quaternion of length 1, which rounding makes longer."""
     path = tmp_path / "a.nii.gz"
