@@ -11,15 +11,28 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc python tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize sanitize-quick emulate fuzz lint format bench study gpu-check docs clean
+# What .pre-commit-config.yaml looks for in the sources.
+GUARDS := no-fast-math lazy-triton torch-free-kernels no-pickle
+
+.PHONY: demo environment test wheel wheel-check sanitize sanitize-quick emulate fuzz lint format bench study gpu-check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
+
+environment: $(VENV)/.installed
 
 # Threads that wait for others must not spin: there are more of them than cores. Tests of a group
 # share what is slow to make.
 test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadgroup
+
+# An sdist, and a wheel of it, in build/wheel/dist; then its operators' tests in an environment that
+# has nothing else.
+wheel:
+	$(PYTHON) tests/wheel.py build
+
+wheel-check:
+	$(PYTHON) tests/wheel.py check --torch "$(TORCH)"
 
 # The CPU kernels under address and undefined, or with SANITIZER=thread: about 15 minutes on two
 # cores. The quick form is what guards main.
@@ -61,6 +74,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	for guard in $(GUARDS); do $(BIN)/pre-commit run $$guard --all-files || exit 1; done
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 
 GRCSF_BUILD_CPU=auto|1|0   auto: without a C++ compiler the package is built as pure Python
 GRCSF_BUILD_CUDA=auto|1|0  auto: csrc/cuda is built where nvcc and a GPU are found
+GRCSF_BUILD_FROM=WHEEL     the kernels of a wheel of this version, instead of compiling them again
 CMAKE_ARGS                 more arguments for CMake
 
 Whatever else goes wrong ends the build: a compiler that is there and fails must not leave a package
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -65,7 +67,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         wanted, cuda = switch("GRCSF_BUILD_CPU"), switch("GRCSF_BUILD_CUDA")
         info = {"native": "", "cuda": ""}
-        if wanted == "0":
+        if wheel := os.environ.get("GRCSF_BUILD_FROM"):
+            info = self._unpack(ext, wheel)
+        elif wanted == "0":
             if cuda == "1":
                 raise failed("GRCSF_BUILD_CPU=0 and GRCSF_BUILD_CUDA=1", "csrc/cuda needs both")
             info["native"] = "switched off by GRCSF_BUILD_CPU=0 when the package was built"
@@ -79,14 +83,29 @@ class CMakeBuild(build_ext):
             print(f"warning: building without native kernels: {reason}", file=sys.stderr)
         else:
             info["cuda"] = self._cmake(ext)
-        # An older one would be believed.
-        if info["native"] and (self.editable_mode or self.inplace):
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-        target = ROOT / "grcsf_kernels" if self.editable_mode or self.inplace else None
-        target = target or Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        if self.editable_mode or self.inplace:
+            target = ROOT / "grcsf_kernels"
+            if info["native"]:  # an older one would be loaded
+                (target / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
         target.mkdir(parents=True, exist_ok=True)
         (target / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
         self.distribution.grcsf_pure = bool(info["native"])
+
+    def _unpack(self, ext: Extension, wheel: str) -> dict[str, str]:
+        """Take ``_C`` out of a wheel; what that one's build said."""
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        try:
+            with zipfile.ZipFile(wheel) as opened:
+                kernels = opened.read(f"grcsf_kernels/{output.name}")
+                info = json.loads(opened.read("grcsf_kernels/_build_info.json"))
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            remedy = "name a wheel with kernels for this Python, or unset it"
+            raise failed(f"GRCSF_BUILD_FROM={wheel}: {error}", remedy) from error
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.unlink(missing_ok=True)
+        output.write_bytes(kernels)
+        return info
 
     def _cmake(self, ext: Extension) -> str:
         """Configure, build and copy; the reason why CUDA was not built, or an empty string."""
@@ -153,6 +172,7 @@ def run(command: list[str]) -> str:
 
 
 setup(
-    ext_modules=[Extension("grcsf_kernels._C", sources=[])],
+    # Optional: nothing is copied beside the sources where there is none.
+    ext_modules=[Extension("grcsf_kernels._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

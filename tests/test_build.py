@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -129,6 +130,16 @@ def test_a_wheel_without_kernels_is_for_every_platform_and_says_why(sdist, tmp_p
     assert "RuntimeWarning" in result.stdout and "no C++ compiler was found" in result.stdout
 
 
+def test_an_editable_package_without_kernels_leaves_no_older_ones(sdist, tmp_path):
+    tree = shutil.copytree(sdist, tmp_path / "tree")
+    older = tree / f"grcsf_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    older.write_bytes(b"of another build")
+    hook(tree, "editable", tmp_path / "dist", GRCSF_BUILD_CPU="0")
+    assert not older.exists()
+    said = json.loads((tree / "grcsf_kernels/_build_info.json").read_text())["native"]
+    assert "GRCSF_BUILD_CPU=0" in said
+
+
 def test_without_a_compiler_it_installs_as_pure_python(tmp_path, no_compiler):
     result = build(tmp_path, PATH=no_compiler, CXX="")
     assert result.returncode == 0, result.stdout
@@ -233,3 +244,42 @@ def test_no_folder_of_tests_passes_for_a_package():
     assert {"torch", "triton"} <= names
     folders = {path.name for path in (ROOT / "tests").iterdir()}
     assert not folders & names
+
+
+@pytest.mark.parametrize(
+    ("guard", "file", "line"),
+    [
+        ("no-fast-math", "CMakeLists.txt", "add_compile_options(-O3 -ffast-math)"),
+        ("no-fast-math", "CMakeLists.txt", "set(CMAKE_CUDA_FLAGS --use_fast_math)"),
+        ("no-fast-math", "setup.py", 'flags = ["-march=native"]'),
+        ("lazy-triton", "grcsf_kernels/dispatch.py", "import triton"),
+        ("torch-free-kernels", "csrc/cpu/gcu.cpp", "#include <ATen/Tensor.h>"),
+        ("no-pickle", "grcsf_kernels/engine/cache.py", "pickle.loads(data)"),
+    ],
+)
+def test_a_guard_of_the_sources_finds_what_it_is_for(guard, file, line, tmp_path):
+    """As pre-commit runs it: ``make lint`` runs the same on the checkout."""
+    run(["git", "init", "--quiet"], tmp_path)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(ROOT / ".pre-commit-config.yaml", tmp_path)
+    said = []
+    for text in ("clean = True\n", f"{line}\n"):
+        (tmp_path / file).write_text(text)
+        run(["git", "add", "--all"], tmp_path)
+        said.append(run([sys.executable, "-m", "pre_commit", "run", guard, "-a"], tmp_path))
+    assert said[0].returncode == 0 and "Passed" in said[0].stdout, said[0].stdout
+    assert said[1].returncode == 1 and f"{file}:1:{line}" in said[1].stdout, said[1].stdout
+
+
+def test_kernels_of_a_wheel_are_taken_instead_of_compiled(tmp_path):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    wheel = tmp_path / "some.whl"
+    with zipfile.ZipFile(wheel, "w") as made:
+        made.writestr(f"grcsf_kernels/_C{suffix}", b"kernels")
+        made.writestr("grcsf_kernels/_build_info.json", '{"native": "", "cuda": "no GPU"}')
+    result = build(tmp_path, GRCSF_BUILD_FROM=str(wheel), PATH="")
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / f"lib/grcsf_kernels/_C{suffix}").read_bytes() == b"kernels"
+    assert info(tmp_path) == {"native": "", "cuda": "no GPU"}
+    result = build(tmp_path, GRCSF_BUILD_FROM=str(tmp_path / "none.whl"))
+    assert result.returncode != 0 and "GRCSF_BUILD_FROM=" in result.stdout

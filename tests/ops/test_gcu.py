@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, LAYOUTS, assert_close, interpreted, runs_on
+from support import DTYPES, LAYOUTS, assert_close, interpreted, runs_on, slow
 
 from grcsf_kernels import gcu, use_backend
 
@@ -186,7 +186,10 @@ def test_gradcheck(backend, device, compensation, spaces):
     arguments = make(*spaces, channels=2, batch=1, device=device)
     with use_backend(backend):
         assert torch.autograd.gradcheck(
-            lambda *a: gcu(*a, compensation=compensation), arguments, atol=1e-6
+            lambda *a: gcu(*a, compensation=compensation),
+            arguments,
+            atol=1e-6,
+            fast_mode=slow(backend),
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, LAYOUTS, assert_close, runs_on
+from support import DTYPES, LAYOUTS, assert_close, runs_on, slow
 
 from grcsf_kernels import residual_map, use_backend
 
@@ -214,6 +214,7 @@ def test_gradcheck(backend, device, average, normalized, hide):
             ),
             (image, prediction),
             atol=1e-6,
+            fast_mode=slow(backend),
         )
 
 
