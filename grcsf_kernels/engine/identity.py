@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In what two trainings differ: the one that left a state, and the one that was asked for."""
+"""In what two trainings differ, by what they left: states and model files."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+from grcsf_kernels.engine.settings import to_dict
 
 _SHOWN = 5
 
@@ -26,6 +28,15 @@ def differences(there: str, asked: str) -> str:
         found = []
     more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     return ", ".join(found[:_SHOWN] + more) or "it does not say in what"
+
+
+def unlike(own: Any, other: Any) -> str:
+    """In what settings in a model file, such as its DataConfig, differ from those of another."""
+    left, right = to_dict(own), to_dict(other)
+    found = [
+        f"{name} {left[name]}, not {right[name]}" for name in left if left[name] != right[name]
+    ]
+    return ", ".join(found)
 
 
 def _settings(there: dict[str, Any], asked: dict[str, Any], where: str = "") -> list[str]:

@@ -29,6 +29,7 @@ from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import remove_leftovers
 from grcsf_kernels.engine.finished import Fingerprint, is_finished
 from grcsf_kernels.engine.finite import is_finite
+from grcsf_kernels.engine.identity import unlike
 from grcsf_kernels.engine.provenance import CachedMaps, compare_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
 from grcsf_kernels.engine.report import Report, for_each, warn
@@ -105,7 +106,15 @@ def predict(
         if maps.data != ensemble.data:
             raise InputError(
                 autoencoders[0],
-                "was trained with other preprocessing than the segmentation model",
+                "was trained with other preprocessing than the segmentation model: "
+                + unlike(maps.data, ensemble.data),
+                "use the autoencoders that its residual maps came from",
+            )
+        if len(maps.paths) != ensemble.num_maps:
+            raise InputError(
+                paths[0],
+                f"takes {ensemble.num_maps} residual maps, and there are {len(maps.paths)} "
+                "autoencoders",
                 "use the autoencoders that its residual maps came from",
             )
     cached = CachedMaps(residuals) if ensemble.num_maps and residuals is not None else None
@@ -247,7 +256,8 @@ class _Ensemble:
             if checkpoint.data != data:
                 raise InputError(
                     path,
-                    f"was trained with other preprocessing than {paths[0]}",
+                    f"was trained with other preprocessing than {paths[0]}: "
+                    + unlike(checkpoint.data, data),
                     "use models of one training configuration",
                 )
             if _channels_of(checkpoint) != channels:

@@ -27,6 +27,7 @@ from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import remove_leftovers
 from grcsf_kernels.engine.finished import Fingerprint, is_finished
 from grcsf_kernels.engine.finite import is_finite
+from grcsf_kernels.engine.identity import unlike
 from grcsf_kernels.engine.loop import seed_of
 from grcsf_kernels.engine.provenance import describe_maps, save_maps
 from grcsf_kernels.engine.ranks import shard, wait_for_others
@@ -70,10 +71,16 @@ class VolumeMaps:
         checkpoints = [checkpoint for checkpoint, _ in loaded]
         first = checkpoints[0]
         for checkpoint, path in loaded:
-            if (checkpoint.data, checkpoint.crop_size) != (first.data, first.crop_size):
+            differ = [unlike(checkpoint.data, first.data)] if checkpoint.data != first.data else []
+            for name, found, other in (
+                ("crop_size", checkpoint.crop_size, first.crop_size),
+                ("channels", *(_autoencoder(c).in_channels for c in (checkpoint, first))),
+            ):
+                differ += [f"{name} {found}, not {other}"] if found != other else []
+            if differ:
                 raise InputError(
                     path,
-                    f"was trained with other preprocessing or crops than {loaded[0][1]}",
+                    f"was trained otherwise than {loaded[0][1]}: {', '.join(differ)}",
                     "use autoencoders of one grcsf pretrain",
                 )
         self.data = first.data

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -20,7 +21,8 @@ from engine.conftest import (
     train_config,
     write,
 )
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from grcsf_kernels import engine
 from grcsf_kernels.engine.checkpoint import load_checkpoint
@@ -111,6 +113,24 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, monkeypatch):
     assert not report.done and len(report.failed) == 3
     assert f"its weight {name} is not finite; copy the model file again" in report.failed[0][1]
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["model", "autoencoder"])
+def test_a_model_file_with_nan_is_refused_before_any_case(tmp_path, kind):
+    folder, paths = cases(tmp_path / "data"), make_autoencoders(tmp_path)
+    model = make_model(tmp_path / "m.safetensors", use_rcu=True)
+    path = model if kind == "model" else paths[1]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    description = json.loads(metadata["grcsf"])
+    for name in ("format", "sha256"):  # as a file of an earlier version: without a checksum
+        description.pop(name, None)
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    save_file(weights, path, metadata={"grcsf": json.dumps(description)})
+    with pytest.raises(engine.InputError, match=rf"{path.name}: has weights that are NaN"):
+        engine.predict(folder, model, tmp_path / "out", predict_config(), paths)
+    assert not (tmp_path / "out").exists()
 
 
 class TestMaps:
@@ -207,3 +227,10 @@ def test_a_threshold_is_between_0_and_1(tmp_path, model, threshold):
     path = write(tmp_path / "a.nii.gz", blob(0)[0], AFFINE)
     with pytest.raises(engine.InputError, match=r"^threshold: is"):
         engine.predict(path, model, tmp_path / "m", predict_config(threshold=threshold))
+
+
+@pytest.mark.parametrize("least", [float("nan"), float("inf"), -1.0])
+def test_a_smallest_lesion_is_a_number(tmp_path, model, least):
+    path = write(tmp_path / "a.nii.gz", blob(0)[0], AFFINE)
+    with pytest.raises(engine.InputError, match=r"^min_lesion_mm3: is"):
+        engine.predict(path, model, tmp_path / "m", predict_config(min_lesion_mm3=least))

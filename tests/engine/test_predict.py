@@ -156,6 +156,22 @@ class TestResults:
         with pytest.raises(engine.InputError, match=r"o.safetensors: was trained with other prep"):
             engine.predict(folder, [model, other], tmp_path / "m", config())
 
+    def test_models_that_do_not_belong_together_say_in_what(self, folder, tmp_path, model):
+        """Before any case is read: which setting, which number."""
+        data = engine.DataConfig(intensity="window", spacing=(2.0, 2.0, 2.0))
+        other = make_model(tmp_path / "o.safetensors", data=data)
+        message = r"o.safetensors: .* than .*: spacing \[2.0, 2.0, 2.0\], not None, intensity"
+        with pytest.raises(engine.InputError, match=message):
+            engine.predict(folder, [model, other], tmp_path / "m", config())
+        paths = make_autoencoders(tmp_path)
+        unit = make_model(tmp_path / "rcu.safetensors", use_rcu=True, data=data)
+        with pytest.raises(engine.InputError, match=r"segmentation model: spacing None, not \["):
+            engine.predict(folder, unit, tmp_path / "m", config(), paths)
+        unit = make_model(tmp_path / "rcu.safetensors", use_rcu=True)
+        with pytest.raises(engine.InputError, match="takes 2 residual maps, and there are 1 auto"):
+            engine.predict(folder, unit, tmp_path / "m", config(), paths[:1])
+        assert not (tmp_path / "m").exists()
+
     def test_mirroring_is_the_mean_over_mirrored_images(self, tmp_path, model):
         """In one window, mirroring the image and its result back is what mirroring means."""
         image, _ = blob(0, (16, 16, 8))
