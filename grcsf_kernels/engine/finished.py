@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-
 from grcsf_kernels._version import __version__
 from grcsf_kernels.engine.config import to_dict
 from grcsf_kernels.engine.report import warn
 from grcsf_kernels.engine.sources import check_file, readable
-from grcsf_kernels.engine.volumes import read_description
+from grcsf_kernels.engine.volumes import read_description, read_geometry
 
 # Settings that say where something is computed, or which files are wanted beside the mask.
 _NEUTRAL = ("device", "accumulate", "memory_gb", "batch_size", "probabilities", "uncertainty")
@@ -88,10 +86,7 @@ def read_origin(path: Path) -> Origin | None:
     Raises:
         InputError: the file is missing, or has no header that can be read.
     """
-    check_file(path)
-    with readable(path):
-        header: Any = nib.load(path).header
-        return Origin.of(header["descrip"].item().decode("latin-1"))
+    return Origin.of(read_geometry(path).header["descrip"].item().decode("latin-1"))
 
 
 class Fingerprint:

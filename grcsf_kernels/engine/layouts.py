@@ -171,7 +171,8 @@ def _pairs(
     if os.path.isdir(folder / "images"):
         files, double = by_stem(volumes_in(folder / "images"), report)
         found, other = by_stem(volumes_in(folder / "labels"), report if labels else None)
-        _say_left_out(folder, volumes_in(folder), "only those in images and labels are taken")
+        rest = [p for p in volumes_in(folder) if not stem(p).endswith(MADE_BY_US)]
+        _say_left_out(folder, rest, "only those in images and labels are taken")
         images = {name: [path] for name, path in files.items()}
         return images, found, double | (other if labels else set())
     every = volumes_in(folder)

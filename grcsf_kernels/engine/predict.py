@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,8 @@ def find_images(
     if not cases:
         where = ", ".join(str(path) for path in paths) or "images"
         raise InputError(where, "no image was found", "name NIfTI files or folders of them")
-    by_image = {case.image: case for case in cases}
+    # An image that is named twice, by whatever path, is one.
+    by_image = {case.image: case for case in {realpath(c.image): c for c in cases}.values()}
     chosen, _ = one_each(((case.name, image) for image, case in by_image.items()), report)
     if not chosen:
         raise InputError(cases[0].image, "has the name of all others", "rename them")

@@ -140,6 +140,12 @@ def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
     assert sum(unpacked) < 1 << 24
 
 
+def test_a_volume_that_no_memory_can_hold_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.nii.gz", blob(0)[0])
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    check_refusal(path, "and this machine has 0 GB; crop or resample it")
+
+
 def test_geometry_is_read_without_unpacking_the_voxels(tmp_path, monkeypatch):
     """Cached cases ask for it whenever a crop is made."""
     path = write(tmp_path / "a.nii.gz", np.zeros((128, 128, 64), np.float32))

@@ -64,6 +64,12 @@ class TestInputs:
         lines = [line for _, line in report.failed if "gives the same name" in line]
         assert len(lines) == 2 and all(str(folder) in line for line in lines)
 
+    def test_an_image_that_is_named_twice_is_done_once(self, folder, tmp_path, model):
+        (tmp_path / "link").symlink_to(folder)
+        again = [folder, folder / ".." / folder.name, tmp_path / "link"]
+        report = engine.predict(again, model, tmp_path / "m", config())
+        assert names(report) == [f"case{n}_mask.nii.gz" for n in range(3)] and not report.failed
+
     def test_no_image(self, tmp_path, model):
         (tmp_path / "list.txt").write_text("\n")
         with pytest.raises(engine.InputError, match=r"list.txt: no image was found"):
