@@ -283,3 +283,10 @@ def test_kernels_of_a_wheel_are_taken_instead_of_compiled(tmp_path):
     assert info(tmp_path) == {"native": "", "cuda": "no GPU"}
     result = build(tmp_path, GRCSF_BUILD_FROM=str(tmp_path / "none.whl"))
     assert result.returncode != 0 and "GRCSF_BUILD_FROM=" in result.stdout
+
+
+def test_no_example_replaces_the_torch_that_is_there():
+    pages = [*(ROOT / "docs/examples").glob("*/README.md")]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    installs = [line for line in lines if "pip install" in line]
+    assert len(installs) >= 4 and all("-c torch.txt" in line for line in installs), installs
