@@ -13,6 +13,7 @@ package, where ``grcsf doctor`` and ``grcsf_kernels.backends()`` read it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -123,6 +124,10 @@ class CMakeBuild(build_ext):
             f"-DGRCSF_BUILD_CUDA={switch('GRCSF_BUILD_CUDA')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
+        build.parent.mkdir(parents=True, exist_ok=True)
+        # Another build of the same checkout may be under way. Closed, the file is let go.
+        self.lock = (build.parent / "cmake.lock").open("w")
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
         # CMake keeps the compiler that a folder began with, whatever is asked for.
         before = build / "configured_with.json"
         asked = json.dumps([configure, os.environ.get("CXX"), os.environ.get("CXXFLAGS")])
@@ -139,6 +144,7 @@ class CMakeBuild(build_ext):
         # A process that has the old one loaded keeps it.
         output.unlink(missing_ok=True)
         shutil.copy2(built, output)
+        self.lock.close()
         found = re.search(r"GRCSF_CUDA: (.*)", log)
         reason = found.group(1).strip() if found else "unknown"
         return "" if reason == "built" else reason

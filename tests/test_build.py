@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,38 @@ def test_without_cmake_a_build_ends_with_the_remedy(tmp_path, no_compiler):
     result = build(tmp_path, PATH=no_compiler, CXX=sys.executable)
     assert result.returncode != 0
     assert "cmake was not found; install it (pip install cmake)" in result.stdout
+
+
+def test_two_builds_at_once_wait_for_one_another(tmp_path):
+    """With a CMake that fails where another is at work."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    fake = tmp_path / "tools/cmake"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"#!/bin/sh\ncd '{tmp_path}' && mkdir working || exit 1\nsleep 1\n"
+        f"rmdir working\ntouch temp/cmake/_C{suffix}\necho 'GRCSF_CUDA: built'\n"
+    )
+    fake.chmod(0o755)
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    with ThreadPoolExecutor(2) as both:
+        results = list(both.map(lambda _: build(tmp_path, PATH=path), range(2)))
+    assert [result.returncode for result in results] == [0, 0], results
+
+
+def test_another_compiler_begins_the_build_folder_anew(tmp_path):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    fake = tmp_path / "tools/cmake"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\ntouch '{tmp_path}/temp/cmake/_C{suffix}'\n")
+    fake.chmod(0o755)
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    left = tmp_path / "temp/cmake/CMakeCache.txt"
+    kept = []
+    for compiler in ("g++", "g++", sys.executable):
+        assert build(tmp_path, PATH=path, CXX=compiler).returncode == 0
+        kept.append(left.exists())
+        left.touch()
+    assert kept == [False, True, False]
 
 
 def test_switched_off(tmp_path):
