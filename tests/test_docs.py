@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -40,6 +42,21 @@ def test_relative_links_resolve(page):
         assert target.is_relative_to(ROOT), f"{page.name}: {link} leaves the repository"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page.name}: {link}"
+
+
+def test_messages_name_no_page_that_an_installed_user_lacks():
+    """Only the wheel is there: what is said holds its remedy itself."""
+    for path in sorted((ROOT / "grcsf_kernels").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts = {
+            id(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                docstring = id(node) in texts
+                assert docstring or "docs/" not in node.value, f"{path.name}: {node.value}"
 
 
 def test_quoted_code_is_that_of_the_files():
@@ -101,14 +118,49 @@ def test_every_public_object_has_an_entry(site):
 
 
 def test_commands_are_those_of_the_command_line(site):
-    from grcsf_kernels.engine.commands import _CONFIGS, app
+    from grcsf_kernels.engine.commands import app
 
     text = (site / "cli.html").read_text(encoding="utf-8")
     for command in app.registered_commands:
         assert f'id="grcsf-{command.name}"' in text
-    for name in _CONFIGS:
-        assert f'id="grcsf-config-{name}"' in text
-    assert "&lt;case&gt;_mask.nii.gz" in text and "validation_fraction" in text
+        assert f"`grcsf {command.name}`" in (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    assert "&lt;case&gt;_mask.nii.gz" in text
+
+
+def test_the_page_of_settings_is_that_of_the_code(site):
+    """It is in the repository as well: python docs/site/settings_page.py writes it."""
+    spec = importlib.util.spec_from_file_location("page", ROOT / "docs/site/settings_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page()
+    text = (site / "settings.html").read_text(encoding="utf-8")
+    for name in ("validation_fraction", "clip_norm", "weight_decay", "foreground"):
+        assert f"<code>{name}</code>" in text
+
+
+def test_formulas_are_drawn(site):
+    """No formula stays as it is written in the source, in docstrings or pages."""
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<(code|pre)\b.*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.S)
+        assert ".. math" not in text and ":math:" not in text, page.name
+        assert "\\frac" not in text, page.name
+    assert (site / "api/operators.html").read_text(encoding="utf-8").count("<mfrac>") >= 1
+
+
+def test_search_works_from_a_folder(site):
+    """The index is a script of the site, and so is what stands in for a worker."""
+    index = (site / "search/search_index.js").read_text(encoding="utf-8")
+    assert index.startswith("var __index = {") and "residual_map" in index
+    assert (site / "assets/iframe-worker.js").is_file()
+    for page in ("index.html", "api/engine.html"):
+        text = (site / page).read_text(encoding="utf-8")
+        assert re.search(r'src="(\.\./)*(\./)?assets/iframe-worker.js"', text), page
+
+
+def test_links_to_examples_lead_to_their_pages(site):
+    text = (site / "drop-in.html").read_text(encoding="utf-8")
+    for folder in sorted((ROOT / "docs/examples").glob("*/README.md")):
+        assert f'href="examples/{folder.parent.name}/index.html"' in text
 
 
 def test_nothing_comes_from_elsewhere(site):

@@ -59,7 +59,8 @@ def _title(path: Path) -> str:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages and pictures that lie outside of ``docs/``."""
-    outside = {"changelog.md": ROOT / "CHANGELOG.md"}
+    script = "assets/iframe-worker.js"
+    outside = {"changelog.md": ROOT / "CHANGELOG.md", script: Path(__file__).parent / script}
     for path in sorted((ROOT / RESULTS).glob("*/*")):
         if path.suffix in (".md", ".png"):
             outside[f"results/{path.parent.name}/{path.name}"] = path
@@ -101,6 +102,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return match.group()
         name, hash_, anchor = target.partition("#")
         path = (source.parent / name).resolve()
+        if (path / "README.md").is_file():  # a folder: its page
+            path /= "README.md"
         if not path.exists() or not path.is_relative_to(ROOT):
             log.warning("%s: link to %s, which does not exist", page.file.src_uri, target)
             return match.group()
@@ -116,12 +119,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def commands() -> str:
-    """The command line as Markdown, from the commands themselves, and all settings."""
+    """The command line as Markdown, from the commands themselves."""
     import typer
     from typer.cli import get_docs_for_click
 
-    from grcsf_kernels.engine.commands import _CONFIGS, app
-    from grcsf_kernels.engine.config import dump_config
+    from grcsf_kernels.engine.commands import app
 
     command = typer.main.get_command(app)
     context = command.make_context("grcsf", ["--help"], resilient_parsing=True)
@@ -129,11 +131,7 @@ def commands() -> str:
     # <case> is text, not a tag, except in code.
     pieces = re.split(r"(```.*?```|`[^`]*`)", text, flags=re.DOTALL)
     text = "".join(p if p.startswith("`") else p.replace("<", "&lt;") for p in pieces)
-    settings = "\n\n".join(
-        f"### grcsf config {name}\n\n```yaml\n{dump_config(config())}```"
-        for name, config in _CONFIGS.items()
-    )
-    return f"{text.replace('# `grcsf`', '## `grcsf`', 1)}\n\n## Settings\n\n{settings}\n"
+    return text.replace("# `grcsf`", "## `grcsf`", 1)
 
 
 _FORMULA = re.compile(
@@ -141,7 +139,6 @@ _FORMULA = re.compile(
 )
 
 
-_MATH = re.compile(r":math:<code>([^<]*)</code>")
 _ROLE = re.compile(r":(?:func|class|mod|meth|attr):<code>~?([\w.]+)</code>")
 
 
@@ -152,7 +149,6 @@ def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
     """
     # Those that have no entry of their own stay names: optional.
     content = _ROLE.sub(r'<autoref identifier="\1" optional><code>\1</code></autoref>', content)
-    content = _MATH.sub(lambda m: rf'<span class="arithmatex">\({m[1]}\)</span>', content)
     if 'class="arithmatex"' not in content:
         return content
     try:

@@ -140,7 +140,7 @@ def pairs(
         if labels and others:
             warn(
                 f"{folder}: masks called {', '.join(others)} are not taken for lesions: expected "
-                "label-lesion or a desc with lesion (docs/data.md)"
+                "label-lesion or a desc with lesion in it"
             )
     _say_missing(folder, every, files, suffixes, " in the space of the lesion masks" * bool(masks))
     double: set[str] = set()

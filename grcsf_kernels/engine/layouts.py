@@ -24,7 +24,7 @@ MADE_BY_US = ("_label", "_mask", "_residual", "_probability", "_uncertainty")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _WANTED = (
     "expected <case>_image.nii.gz and <case>_label.nii.gz, images/ and labels/, an nnU-Net raw "
-    "data set or BIDS (docs/data.md)"
+    "data set or BIDS with lesion masks"
 )
 
 

@@ -118,7 +118,8 @@ def load_steps(
             raise InputError(
                 "workers",
                 f"one of {config.workers} ended ({' '.join(str(error).split())[:160]})",
-                "see docs/training.md on memory and /dev/shm, or use fewer; the same call goes on",
+                "give them more memory and /dev/shm (docker run --shm-size 8g), or set fewer; "
+                "the same call goes on",
             ) from error
         if isinstance(item, tuple | list) and isinstance(item[0], str):
             raise InputError(*item)

@@ -42,7 +42,10 @@ def expect_torchrun() -> None:
     Raises:
         InputError: variables of several processes, each of which would train the same.
     """
-    remedy = "start the processes with torchrun (docs/training.md), or take the variables away"
+    remedy = (
+        "start the processes with torchrun --standalone --nproc-per-node N -m grcsf_kernels.cli "
+        "..., or take the variables away"
+    )
     texts = {n: os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if n in os.environ}
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     for name, text in texts.items():
