@@ -163,7 +163,9 @@ def test_a_choice_inside_a_compiled_function_is_refused_or_holds(calls):
         with grcsf_kernels.use_backend("reference"):
             return case.function(*arguments, **case.options)
 
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="choice would not hold"):
+    # Older versions of torch name the function instead.
+    expected = "choice would not hold|skip function use_backend"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=expected):
         torch.compile(call, backend="aot_eager", fullgraph=True)(*case.arguments)
     assert not calls
     torch.compile(call, backend="aot_eager")(*case.arguments)

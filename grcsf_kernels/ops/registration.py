@@ -139,7 +139,10 @@ def _differentiate(
     def kernel(keyset: Any, *args: Any, **keyword_only: Any) -> Any:
         args, keyword_only = fill_defaults(op._schema, args, keyword_only)
         forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-        reverse_mode = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        # torch._C._any_requires_grad does this too, in versions after 2.6.
+        reverse_mode = torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        )
         if not (forward_mode or reverse_mode):
             return below(keyset, keyword_only, *args)
         if not torch._C._are_functorch_transforms_active():
