@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc python tests/emulation -name '*.h' -o -name '*.cpp'
 # What .pre-commit-config.yaml looks for in the sources.
 GUARDS := no-fast-math lazy-triton torch-free-kernels no-pickle
 
-.PHONY: demo environment test wheel wheel-check sanitize sanitize-quick emulate fuzz lint format bench study gpu-check docs clean
+.PHONY: demo environment test long-life wheel wheel-check sanitize sanitize-quick emulate fuzz lint format bench study gpu-check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grcsf demo
@@ -33,6 +33,10 @@ wheel:
 
 wheel-check:
 	$(PYTHON) tests/wheel.py check --torch "$(TORCH)"
+
+# A thousand calls of every command in one process, which must leave nothing behind: an hour.
+long-life: $(VENV)/.installed
+	GRCSF_LONG_LIFE=1000 $(BIN)/pytest -s -q tests/engine/test_long_life.py
 
 # The CPU kernels under address and undefined, or with SANITIZER=thread: about 15 minutes on two
 # cores. The quick form is what guards main.
