@@ -77,6 +77,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+# What is loaded late has types too.
+	$(BIN)/mypy --config-file= --ignore-missing-imports --follow-imports=silent -c "import grcsf_kernels; unit: grcsf_kernels.nn.GCU = grcsf_kernels.nn.GCU(4)"
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	for guard in $(GUARDS); do $(BIN)/pre-commit run $$guard --all-files || exit 1; done
 

@@ -8,9 +8,14 @@ and runs them (:mod:`grcsf_kernels.engine`, with the ``train`` extra).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from grcsf_kernels._version import __version__
 from grcsf_kernels.dispatch import BackendStatus, backends, use_backend
 from grcsf_kernels.ops import gcu, rcu, residual_map
+
+if TYPE_CHECKING:
+    from grcsf_kernels import models, nn
 
 __all__ = [
     "BackendStatus",
@@ -32,3 +37,7 @@ def __getattr__(name: str) -> object:
 
         return importlib.import_module(f"grcsf_kernels.{name}")
     raise AttributeError(f"module 'grcsf_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grcsf_kernels.models.pretrained import Pretrained
 from grcsf_kernels.nn.masking import random_masks
+from grcsf_kernels.ops.checks import check_counts
 from grcsf_kernels.reference.residual_map import patchify
 
 
@@ -152,6 +153,16 @@ class MaskedAutoencoder(Pretrained):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"MaskedAutoencoder: spatial_dims is {spatial_dims}, expected 2 or 3")
+        check_counts(
+            "MaskedAutoencoder",
+            in_channels=in_channels,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            decoder_dim=decoder_dim,
+            decoder_depth=decoder_depth,
+            decoder_heads=decoder_heads,
+        )
         for name, width, heads_name, heads in (
             ("embed_dim", embed_dim, "num_heads", num_heads),
             ("decoder_dim", decoder_dim, "decoder_heads", decoder_heads),

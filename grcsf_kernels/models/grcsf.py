@@ -10,6 +10,7 @@ from torch import Tensor
 from grcsf_kernels.models.pretrained import Pretrained
 from grcsf_kernels.models.unet import ResidualUNet
 from grcsf_kernels.nn.units import attending, compensated, make_gcus, make_rcus
+from grcsf_kernels.ops.checks import check_levels, check_maps
 
 
 class GRCSF(ResidualUNet, Pretrained):
@@ -36,6 +37,7 @@ class GRCSF(ResidualUNet, Pretrained):
         deep_supervision: give the deeper decoder levels heads too, which run in training only.
 
     Raises:
+        TypeError: ``rcu_levels`` is no sequence of integers, or a size is no integer.
         ValueError: sizes out of range.
 
     Source: Pattern Recognition 2025, doi 10.1016/j.patcog.2025.112461, arXiv 2502.08675.
@@ -69,6 +71,7 @@ class GRCSF(ResidualUNet, Pretrained):
             blocks_per_level=blocks_per_level,
             deep_supervision=deep_supervision,
         )
+        check_levels("GRCSF", rcu_levels)
         levels = range(len(channels) - 1)
         if any(level not in levels for level in rcu_levels):
             raise ValueError(
@@ -115,10 +118,13 @@ class GRCSF(ResidualUNet, Pretrained):
             :meth:`ResidualUNet.forward`.
 
         Raises:
+            TypeError: ``residual`` is no tensor, such as a list of maps.
             ValueError: a shape that does not fit, or no residual maps with ``use_rcu``.
         """
         features = self.encode(image)
         if self.use_rcu:
+            if residual is not None:
+                check_maps("GRCSF", "residual", residual)
             expected = (image.shape[0], self.num_maps, *image.shape[2:])
             if residual is None or tuple(residual.shape) != expected:
                 found = "missing" if residual is None else tuple(residual.shape)

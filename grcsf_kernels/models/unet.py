@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from grcsf_kernels.ops.checks import check_counts
+
 _CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
@@ -99,10 +101,15 @@ class ResidualUNet(nn.Module):
         name = type(self).__name__
         if spatial_dims not in (2, 3):
             raise ValueError(f"{name}: spatial_dims is {spatial_dims}, expected 2 or 3")
-        if len(channels) < 2 or min(channels) < 1:
-            raise ValueError(f"{name}: channels is {tuple(channels)}, expected at least two levels")
-        if blocks_per_level < 1:
-            raise ValueError(f"{name}: blocks_per_level is {blocks_per_level}, expected at least 1")
+        if isinstance(channels, int) or len(channels) < 2:
+            raise ValueError(f"{name}: channels is {channels}, expected at least two levels")
+        check_counts(
+            name,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            blocks_per_level=blocks_per_level,
+            **{f"channels[{level}]": own for level, own in enumerate(channels)},
+        )
         self.spatial_dims = spatial_dims
         self.channels = tuple(channels)
         self.config: dict[str, object] = {

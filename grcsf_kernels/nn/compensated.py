@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from grcsf_kernels.nn.units import attending, compensated, make_gcus, make_rcus
 from grcsf_kernels.nn.walks import walk_of
+from grcsf_kernels.ops.checks import check_levels, check_maps
 
 
 class CompensatedUNet(nn.Module):
@@ -41,6 +42,7 @@ class CompensatedUNet(nn.Module):
         score_channels: hidden units of the RCU's scoring network.
 
     Raises:
+        TypeError: ``rcu_levels`` is no sequence of integers, or a size is no integer.
         ValueError: a network of another class, a level that the decoder does not have, or a size
             out of range.
 
@@ -72,6 +74,7 @@ class CompensatedUNet(nn.Module):
         score_channels: int = 32,
     ) -> None:
         super().__init__()
+        check_levels("CompensatedUNet", rcu_levels)
         self._walk = walk_of(network)
         encoded, decoded = self._walk.encoded(network), self._walk.decoded(network)
         wrong = [level for level in rcu_levels if level not in range(len(decoded))]
@@ -112,8 +115,10 @@ class CompensatedUNet(nn.Module):
             What the network returns for the image: logits, stacked or listed with deep supervision.
 
         Raises:
+            TypeError: ``x`` is no tensor.
             ValueError: an input with no channel left for the image.
         """
+        check_maps("CompensatedUNet", "x", x)
         if x.ndim not in (4, 5) or x.shape[1] <= self.num_maps:
             raise ValueError(
                 f"CompensatedUNet: x has shape {tuple(x.shape)}, expected [B, C + "

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from grcsf_kernels.nn.squeeze_excitation import SqueezeExcitation
 from grcsf_kernels.ops import gcu
-from grcsf_kernels.ops.checks import check_option
+from grcsf_kernels.ops.checks import check_counts, check_option
 from grcsf_kernels.ops.gcu import COMPENSATIONS
 
 
@@ -24,7 +24,8 @@ class GCU(nn.Module):
         compensation: ``"dissimilarity"`` or ``"similarity"``; see :func:`grcsf_kernels.gcu`.
 
     Raises:
-        ValueError: an unknown ``compensation``, or a number of channels below 1.
+        TypeError: a number that is no integer.
+        ValueError: an unknown ``compensation``, or a number below 1.
 
     Source: GRCSF (Pattern Recognition 2025, doi 10.1016/j.patcog.2025.112461), global compensation
     unit.
@@ -47,6 +48,7 @@ class GCU(nn.Module):
         super().__init__()
         check_option("GCU", "compensation", compensation, COMPENSATIONS)
         deep_channels = channels if deep_channels is None else deep_channels
+        check_counts("GCU", channels=channels, deep_channels=deep_channels, reduction=reduction)
         self.channels, self.deep_channels = channels, deep_channels
         self.compensation = compensation
         self.skip_gate = SqueezeExcitation(channels, reduction)
@@ -71,18 +73,26 @@ class GCU(nn.Module):
             [B, 1, *S].
 
         Raises:
-            ValueError: the channels of an input are not those of the module, or the number of
-                spatial axes differs.
+            TypeError: an input is no tensor.
+            ValueError: the channels of an input are not those of the module, or batch or number of
+                spatial axes differ.
         """
         for name, tensor, channels in (
             ("skip", skip, self.channels),
             ("deep", deep, self.deep_channels),
         ):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"GCU: {name} is a {type(tensor).__name__}, expected a Tensor")
             if tensor.ndim not in (4, 5) or tensor.shape[1] != channels:
                 raise ValueError(
-                    f"GCU: {name} has shape {tuple(tensor.shape)}, "
-                    f"expected [B, {channels}, H, W] or [B, {channels}, D, H, W]"
+                    f"GCU: {name} has shape {tuple(tensor.shape)}, expected [B, {channels}, H, W] "
+                    f"or [B, {channels}, D, H, W]{self._hint()}"
                 )
+        if skip.ndim != deep.ndim or skip.shape[0] != deep.shape[0]:
+            raise ValueError(
+                f"GCU: deep has shape {tuple(deep.shape)}, expected the batch and number of axes "
+                f"of skip, which has shape {tuple(skip.shape)}"
+            )
         if self.deep_channels != self.channels:
             deep = self.project(deep.flatten(2)).unflatten(2, deep.shape[2:])
         compensated, dissimilarity = gcu(
@@ -93,6 +103,15 @@ class GCU(nn.Module):
             compensation=self.compensation,
         )
         return (compensated, dissimilarity) if return_map else compensated
+
+    def _hint(self) -> str:
+        if self.channels not in (2, 3):
+            return ""
+        return (
+            f". The first argument of GCU({self.channels}, {self.deep_channels}) is the channels "
+            "of the skip, not the number of spatial axes: GCU(channels, deep_channels) serves 2D "
+            "and 3D"
+        )
 
     def extra_repr(self) -> str:
         """The options, for ``print(module)``."""

@@ -12,6 +12,7 @@ from grcsf_kernels.nn.gated import gated
 from grcsf_kernels.nn.layers import affine
 from grcsf_kernels.nn.squeeze_excitation import compute_dtype
 from grcsf_kernels.ops import rcu
+from grcsf_kernels.ops.checks import check_counts, check_maps, patch_tuple
 from grcsf_kernels.ops.registration import without_autocast
 
 
@@ -45,6 +46,7 @@ class RCU(nn.Module):
             above 0 the module is not for ``torch.compile(fullgraph=True)`` or export.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: a size below 1.
 
     Source: GRCSF (Pattern Recognition 2025, doi 10.1016/j.patcog.2025.112461), region compensation
@@ -70,18 +72,19 @@ class RCU(nn.Module):
         score_channels: int = 32,
     ) -> None:
         super().__init__()
-        sizes = {
-            "channels": channels,
-            "num_maps": num_maps,
-            "map_channels": map_channels,
-            "num_heads": num_heads,
-            "head_dim": head_dim,
-            "score_channels": score_channels,
-            "context_channels": 1 if context_channels is None else context_channels,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"RCU: {name} is {value}, expected at least 1")
+        check_counts(
+            "RCU",
+            channels=channels,
+            num_maps=num_maps,
+            map_channels=map_channels,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            score_channels=score_channels,
+            context_channels=1 if context_channels is None else context_channels,
+        )
+        if patch_size is not None:  # of one axis or of all; how many there are, the input says
+            axes = len(patch_size) if isinstance(patch_size, Sequence) else 1
+            patch_tuple("RCU", patch_size, axes if axes in (2, 3) else 3)
         self.channels, self.num_maps, self.map_channels = channels, num_maps, map_channels
         self.num_heads, self.head_dim = num_heads, head_dim
         self.patch_size = tuple(patch_size) if isinstance(patch_size, Sequence) else patch_size
@@ -129,6 +132,7 @@ class RCU(nn.Module):
             [B, *G], G = ceil(S / patch_size).
 
         Raises:
+            TypeError: an input is no tensor, such as a list of maps.
             ValueError: a shape that does not fit, or a context that is missing or not expected.
             RuntimeError: a layer that is not affine, such as an adapter with dropout in training.
         """
@@ -204,6 +208,9 @@ class RCU(nn.Module):
         return weight[:, :described], hidden, output[0], output_bias[0]
 
     def _check(self, x: Tensor, residual: Tensor, context: Tensor | None) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"RCU: x is a {type(x).__name__}, expected a Tensor")
+        check_maps("RCU", "residual", residual)
         if x.ndim not in (4, 5) or x.shape[1] != self.channels:
             raise ValueError(
                 f"RCU: x has shape {tuple(x.shape)}, expected [B, {self.channels}, H, W] or "

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grcsf_kernels.nn.layers import OpenLinear, call
+from grcsf_kernels.ops.checks import check_counts
 from grcsf_kernels.ops.registration import without_autocast
 
 
@@ -28,16 +29,15 @@ class SqueezeExcitation(nn.Module):
         reduction: the hidden layer has ``max(C // reduction, 1)`` units.
 
     Raises:
-        ValueError: ``channels`` or ``reduction`` below 1.
+        TypeError: ``channels`` or ``reduction`` is no integer.
+        ValueError: it is below 1.
 
     Source: squeeze-and-excitation networks (Hu et al., CVPR 2018, arXiv 1709.01507).
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("reduction", reduction)):
-            if value < 1:
-                raise ValueError(f"SqueezeExcitation: {name} is {value}, expected at least 1")
+        check_counts("SqueezeExcitation", channels=channels, reduction=reduction)
         hidden = max(channels // reduction, 1)
         # Means of normalized features hardly differ between inputs, so about half of the rectified
         # units would start off for all of them and never learn. This starts them on.

@@ -7,6 +7,7 @@ Each error names the operator and the argument, says what came and what was expe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -215,3 +216,42 @@ def dense(tensor: Tensor, layout: torch.memory_format = torch.contiguous_format)
 def empty(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:
     """An uninitialized tensor of this shape and layout, with device and dtype of ``like``."""
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def check_counts(unit: str, **counts: object) -> None:
+    """Hyper-parameters that count something are integers of at least 1.
+
+    Raises:
+        TypeError: a value is no integer.
+        ValueError: a value is below 1.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(
+                f"{unit}: {name} is {value!r}, a {type(value).__name__}, expected an integer >= 1"
+            )
+        if value < 1:
+            raise ValueError(f"{unit}: {name} is {value}, expected at least 1")
+
+
+def check_levels(unit: str, levels: object) -> None:
+    """TypeError unless ``rcu_levels`` is a sequence of integers."""
+    if isinstance(levels, Integral) and not isinstance(levels, bool):
+        remedy = f": ({levels},) for level {levels}, () for none"
+    elif isinstance(levels, Sequence) and all(
+        isinstance(level, Integral) and not isinstance(level, bool) for level in levels
+    ):
+        return
+    else:
+        remedy = ", such as (0, 1)"
+    raise TypeError(f"{unit}: rcu_levels is {levels!r}, expected a sequence of levels{remedy}")
+
+
+def check_maps(unit: str, name: str, maps: object) -> None:
+    """TypeError unless residual maps are one tensor."""
+    if isinstance(maps, Tensor):
+        return
+    remedy = ": torch.cat(maps, dim=1) of maps [B, 1, *S]" if isinstance(maps, list | tuple) else ""
+    raise TypeError(
+        f"{unit}: {name} is a {type(maps).__name__}, expected one tensor [B, num_maps, *S]{remedy}"
+    )
