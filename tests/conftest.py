@@ -25,3 +25,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_report_header() -> str:
+    """Which instruction sets the tests of the CPU kernels run on."""
+    from support import ISAS
+
+    from grcsf_kernels import native
+
+    if not ISAS:
+        return "CPU kernels: not built"
+    return f"CPU kernels: on {native.library().isa()}; tests of instruction sets: {', '.join(ISAS)}"

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -74,15 +73,12 @@ def run_native(code: str, *arguments: str, isa: str) -> subprocess.CompletedProc
     return run_python(load + code, *arguments, GRCSF_CPU_ISA=isa)
 
 
-def _isas() -> list[Any]:
-    """Instruction sets of the CPU kernels to test: portable, AVX2, and the widest that there is."""
+def _isas() -> list[str]:
+    """The instruction sets that the CPU kernels were built for and that this processor has."""
     if why_not("cpu", "gcu", "cpu"):
         return []
-    lacks = pytest.mark.skipif(
-        run_native("print(_C.isa())", isa="avx2").stdout.strip() != "avx2",
-        reason="this processor lacks AVX2, FMA or F16C",
-    )
-    return ["portable", pytest.param("avx2", marks=lacks), pytest.param("", id="widest")]
+    every = ("portable", "avx2", "avx512")
+    return [isa for isa in every if run_native("print(_C.isa())", isa=isa).stdout.strip() == isa]
 
 
 ISAS = _isas()
@@ -239,14 +235,16 @@ def example(
     )
 
 
-def values_and_gradients(operator: str, backend: str) -> list[list[Tensor]]:
+def values_and_gradients(
+    operator: str, backend: str, layout: str = "contiguous"
+) -> list[list[Tensor]]:
     """Results of an operator and its gradients for random incoming ones, by dtype of ``DTYPES``.
 
     The reference computes in float64, from the same rounded arguments.
     """
     found = []
     for dtype in DTYPES:
-        case = example(operator, dtype=dtype)
+        case = example(operator, dtype=dtype, layout=layout)
         if backend == "reference":
             case.arguments = [
                 a.double() if isinstance(a, Tensor) and a.is_floating_point() else a

@@ -32,18 +32,20 @@ struct GcuSizes {
 };
 
 // The two deep voxels around a voxel of one axis, and how far it is from the lower one
-// (align_corners=False, as in reference/interpolation.py).
+// (align_corners=False, as in reference/interpolation.py). They are one where the other weighs
+// nothing, so that its NaN does not count.
 struct Position {
   std::int64_t low, high;
   double fraction;
 };
 
+// In whole numbers: what lies on a deep voxel has a fraction of exactly 0.
 inline Position position_of(std::int64_t index, std::int64_t size, std::int64_t deep_size) {
-  const double scale = static_cast<double>(deep_size) / static_cast<double>(size);
-  const double center = (static_cast<double>(index) + 0.5) * scale - 0.5;
-  const double bounded = center < 0 ? 0 : center;
-  const std::int64_t low = smaller(static_cast<std::int64_t>(bounded), deep_size - 1);
-  return {low, smaller(low + 1, deep_size - 1), bounded - static_cast<double>(low)};
+  const std::int64_t center = larger((2 * index + 1) * deep_size - size, 0);
+  const std::int64_t low = smaller(center / (2 * size), deep_size - 1);
+  const std::int64_t rest = center - low * 2 * size;
+  if (rest == 0 || low == deep_size - 1) return {low, low, 0};
+  return {low, low + 1, static_cast<double>(rest) / static_cast<double>(2 * size)};
 }
 
 // Interpolation along x and its transpose, by tables. Rows are cut into blocks of voxels so that
@@ -113,13 +115,16 @@ class Columns {
         Integers<A> indices;
         std::memcpy(&indices, shift + x, sizeof indices);
         const A* window = from + low[x];
+        const Vec<A> high = load(high_weight + x);
         const Vec<A> one = permute<A>(load(window), indices);
-        const Vec<A> two = permute<A>(load(window + 1), indices);
-        store((one * load(low_weight + x) + two * load(high_weight + x)) * gate, out + x);
+        Vec<A> two = permute<A>(load(window + 1), indices);
+        two = high == A(0) ? one : two;  // NaN that weighs nothing
+        store((one * load(low_weight + x) + two * high) * gate, out + x);
       }
     } else {
       for (; x < voxels; ++x) {
-        out[x] = (from[low[x]] * low_weight[x] + from[low[x] + 1] * high_weight[x]) * gate;
+        const A one = from[low[x]], two = high_weight[x] == 0 ? one : from[low[x] + 1];
+        out[x] = (one * low_weight[x] + two * high_weight[x]) * gate;
       }
     }
     for (x = voxels; x % lanes<A> != 0; ++x) out[x] = 0;

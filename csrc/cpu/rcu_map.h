@@ -53,6 +53,7 @@ void add_reaching(const Reaching<A>& own, std::int64_t voxels, const MapNodes& n
   for (std::int64_t v = 0; v < whole; v += lanes<A>) {
     store(exp_of<A>(load(own.a + v) * step), weights.factor + v);
   }
+  clear_padding(weights.factor, voxels);
   for (std::int64_t node = 0; node < nodes.count; node += together) {
     if (node % block_nodes == 0) {
       const A r = static_cast<A>(nodes.at(node) - nodes.middle);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "common/workspace.h"
 #include "cpu/rcu_attend.h"
@@ -191,7 +192,12 @@ void plan_nodes(const Range<ComputeType<T>>* ranges, std::int64_t heads, double 
   double least = ranges[0].least, greatest = ranges[0].greatest;
   std::int64_t apart = 0;
   bool all = true;
-  nodes.resize(heads);
+  nodes.assign(heads, Nodes{});
+  shared = false;
+  // Tables need the third moment; the direct sum does not, and overflows much later.
+  const double range_r = greatest_r - least_r, cubed = range_r * range_r * range_r;
+  constexpr double most_cubed = 1e-6 * std::numeric_limits<ComputeType<T>>::max();
+  if (!(cubed < most_cubed)) return;
   for (std::int64_t h = 0; h < heads; ++h) {
     least = std::min<double>(least, ranges[h].least);
     greatest = std::max<double>(greatest, ranges[h].greatest);

@@ -87,13 +87,22 @@ struct Weights {
   A* factor;
 };
 
-// exp(step (r - least)): the factor from node to node, relative to the lower end.
+// Sets what is after `voxels` values in the last vector to 0.
+template <typename A>
+inline void clear_padding(A* row, std::int64_t voxels) {
+  for (std::int64_t v = voxels; v < whole_vectors<A>(voxels); ++v) row[v] = 0;
+}
+
+// exp(step (r - least)): the factor from node to node, relative to the lower end. 0 for padding: it
+// lies outside the range of r, where the exponential may overflow, and infinity times its weight of
+// 0 is NaN.
 template <typename A>
 void node_factors(const A* r, std::int64_t voxels, const Nodes& nodes, A* factor) {
   const A rate = static_cast<A>(nodes.step), from = static_cast<A>(nodes.least);
   for (std::int64_t v = 0; v < whole_vectors<A>(voxels); v += lanes<A>) {
     store(exp_of<A>(rate * (load(r + v) - from)), factor + v);
   }
+  clear_padding(factor, voxels);
 }
 
 // The weights at the first node of a block; adds sum w and sum w (r - about) to `sums`.
@@ -125,8 +134,8 @@ void add_nodes(const A* r, std::int64_t voxels, A center, A scale, const Weights
   for (int n = 0; n < N; ++n) {
     for (int m = 0; m < Kept; ++m) total[n][m] = Vec<A>{};
   }
-  for (std::int64_t v = 0; v < whole_vectors<A>(voxels); v += lanes<A>) {
-    const Vec<A> distance = load(r + v) - center, square = distance * distance;
+  const auto add = [&](std::int64_t v, Vec<A> distance) {
+    const Vec<A> square = distance * distance;
     const Vec<A> factor = load(weights.factor + v) * scale;
     Vec<A> weight = load(weights.now + v);
     for (int n = 0; n < N; ++n) {
@@ -137,6 +146,14 @@ void add_nodes(const A* r, std::int64_t voxels, A center, A scale, const Weights
       weight *= factor;
     }
     store(weight, weights.now + v);
+  };
+  std::int64_t v = 0;
+  for (; v + lanes<A> <= voxels; v += lanes<A>) add(v, load(r + v) - center);
+  if (v < voxels) {
+    // Padding weighs nothing, but the cube of its distance may be infinite.
+    Vec<A> distance = load(r + v) - center;
+    for (std::int64_t i = voxels - v; i < lanes<A>; ++i) distance[i] = 0;
+    add(v, distance);
   }
   for (int n = 0; n < N; ++n) {
     for (int m = 0; m < Kept; ++m) sums[n * moments_kept + m] = sum_of<A>(total[n][m]);

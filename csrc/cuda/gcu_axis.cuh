@@ -100,8 +100,8 @@ __device__ __forceinline__ A distance_of(const Axis& axis, int i, int j) {
   return static_cast<A>(n - 2 * axis.ratio_size * j) * static_cast<A>(axis.inverse);
 }
 
-// The lower deep voxel, how far the higher one is (0 at the end of the axis), and the weight of
-// that one.
+// The lower deep voxel, how far the higher one is (0 at the end of the axis, and where it weighs
+// nothing: its NaN does not count), and the weight of that one.
 template <typename A>
 struct Position {
   int low, step;
@@ -114,9 +114,10 @@ __device__ __forceinline__ Position<A> position_of(const Axis& axis, int i) {
   const int low = static_cast<int>(axis.by_size.quotient(n));
   Position<A> position;
   position.low = least(low, axis.deep - 1);
-  position.step = low < axis.deep - 1 ? 1 : 0;
-  const auto rest = static_cast<A>(n - low * 2 * axis.ratio_size);
-  position.fraction = position.step == 0 ? A(0) : rest * static_cast<A>(axis.inverse);
+  const std::int64_t rest = n - low * 2 * axis.ratio_size;
+  position.step = low < axis.deep - 1 && rest != 0 ? 1 : 0;
+  position.fraction =
+      position.step == 0 ? A(0) : static_cast<A>(rest) * static_cast<A>(axis.inverse);
   return position;
 }
 

@@ -69,6 +69,10 @@ def residual_map(
     checks.require_options("residual_map", bool, normalized_target=normalized_target)
     checks.require_options("residual_map", float, eps=eps)
     sizes = checks.patch_tuple("residual_map", patch_size, image.ndim - 2)
+    if sizes is None:
+        raise TypeError(
+            "residual_map: patch_size is None, expected an integer or one for each axis"
+        )
     return torch.ops.grcsf.residual_map(
         image,
         prediction,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grcsf_kernels.reference import gcu as gcu_reference
-from grcsf_kernels.reference.interpolation import _positions as positions
+from grcsf_kernels.reference.interpolation import upsample_by_axes
 from grcsf_kernels.reference.rcu import Region, regions
 
 # Logits of one chunk for each sample, in values: 256 MiB in float32. A graph has a copy of the
@@ -62,7 +62,8 @@ def _gcu(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     gated = gcu_reference._gated(skip, skip_gate)
-    up = _upsample(gcu_reference._gated(deep, deep_gate), skip.shape[2:])
+    # Runtimes have no interpolation of volumes in float64.
+    up = upsample_by_axes(gcu_reference._gated(deep, deep_gate), skip.shape[2:])
 
     def norm(vectors: Tensor) -> Tensor:
         return (vectors * vectors).sum(dim=1, keepdim=True).sqrt().clamp(min=eps)
@@ -72,21 +73,6 @@ def _gcu(
     strength = dissimilarity if compensation == "dissimilarity" else cosine
     compensated = skip.to(strength.dtype) * (1 + strength)
     return compensated.to(skip.dtype), dissimilarity.to(skip.dtype)
-
-
-def _upsample(deep: Tensor, size: Sequence[int]) -> Tensor:
-    """Linear interpolation one axis after the other, at the reference's exact positions.
-
-    Runtimes have no interpolation of volumes in float64, which the reference takes for it.
-    """
-    for axis, wanted in enumerate(size, start=2):
-        if deep.shape[axis] == wanted:
-            continue
-        low, high, fraction = positions(int(wanted), int(deep.shape[axis]))
-        fraction = fraction.to(deep).view(-1, *[1] * (deep.ndim - axis - 1))
-        below, above = deep.index_select(axis, low), deep.index_select(axis, high)
-        deep = below * (1 - fraction) + above * fraction
-    return deep
 
 
 def _rcu(

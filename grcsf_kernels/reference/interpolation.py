@@ -16,19 +16,28 @@ _MODES = {4: "bilinear", 5: "trilinear"}
 def upsample(deep: Tensor, size: Sequence[int]) -> Tensor:
     """``deep`` [B, C, *S'] interpolated linearly to [B, C, *size], ``align_corners=False``.
 
-    For float32 data PyTorch takes the positions in float32. They are exact where the sizes differ
-    by a power of two; elsewhere they are off by up to 1e-5 voxels, which shows in single voxels,
-    so the interpolation is taken in float64 there.
+    Where the sizes differ by powers of two, PyTorch's positions are exact. Elsewhere they are off
+    by up to 1e-5 voxels in float32, which shows in single voxels, and weights that should be 0 are
+    not, so that NaN spreads: there the exact ones of :func:`positions` are taken, axis by axis.
     """
     ratios = (own / wanted for own, wanted in zip(deep.shape[2:], size, strict=True))
-    exact = all(math.frexp(ratio)[0] == 0.5 for ratio in ratios)
-    up = F.interpolate(
-        deep if exact else deep.double(),
-        size=tuple(size),
-        mode=_MODES[deep.ndim],
-        align_corners=False,
-    )
-    return up.to(deep.dtype)
+    if all(math.frexp(ratio)[0] == 0.5 for ratio in ratios):
+        mode = _MODES[deep.ndim]
+        return F.interpolate(deep, size=tuple(size), mode=mode, align_corners=False)
+    return upsample_by_axes(deep, size)
+
+
+def upsample_by_axes(deep: Tensor, size: Sequence[int]) -> Tensor:
+    """The same for any sizes, one axis after the other."""
+    for axis, wanted in enumerate(size, start=2):
+        if deep.shape[axis] == wanted:
+            continue
+        low, high, fraction = positions(int(wanted), int(deep.shape[axis]))
+        fraction = fraction.to(deep).view(-1, *[1] * (deep.ndim - axis - 1))
+        below = deep.index_select(axis, low.to(deep.device))
+        above = deep.index_select(axis, high.to(deep.device))
+        deep = below * (1 - fraction) + above * fraction
+    return deep
 
 
 def upsample_adjoint(grad: Tensor, size: Sequence[int]) -> Tensor:
@@ -46,7 +55,7 @@ def upsample_adjoint(grad: Tensor, size: Sequence[int]) -> Tensor:
 
 def _adjoint_along(grad: Tensor, axis: int, target: int) -> Tensor:
     source = grad.shape[axis]
-    low, high, fraction = _positions(source, target)
+    low, high, fraction = positions(source, target)
     # touches[j, i]: the weight of deep voxel j in voxel i. Each row is one short run of voxels.
     touches = torch.zeros(target, source, dtype=torch.float64)
     voxels = torch.arange(source)
@@ -63,16 +72,21 @@ def _adjoint_along(grad: Tensor, axis: int, target: int) -> Tensor:
         weight = touches.gather(1, index[:, None])[:, 0]
         weight = torch.where(first + offset < source, weight, 0.0)
         term = grad.index_select(axis, index.to(grad.device))
-        term = term * weight.to(grad).view(shape)
+        weight = weight.to(grad).view(shape)
+        # NaN that weighs nothing stays where it is.
+        term = torch.where(weight != 0, term * weight, 0)
         total = term if total is None else total.add_(term)
     assert total is not None
     return total
 
 
-def _positions(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The two deep voxels (of ``target``) around each of ``source`` voxels, and the fraction."""
-    centers = (torch.arange(source, dtype=torch.float64) + 0.5) * (target / source) - 0.5
-    centers = centers.clamp(min=0)
-    low = centers.floor().long().clamp(max=target - 1)
-    high = (low + 1).clamp(max=target - 1)
-    return low, high, centers - low
+def positions(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two deep voxels (of ``target``) around each of ``source`` voxels, and the fraction.
+
+    In whole numbers, so that a voxel on a deep voxel has a fraction of exactly 0. The two are one
+    where the other weighs nothing.
+    """
+    centers = ((2 * torch.arange(source) + 1) * target - source).clamp(min=0)
+    low = (centers // (2 * source)).clamp(max=target - 1)
+    rest = torch.where(low < target - 1, centers - low * (2 * source), 0)
+    return low, torch.where(rest > 0, low + 1, low), rest.double() / (2 * source)

@@ -54,6 +54,11 @@ def _statistics(target: Tensor, normalized_target: bool, eps: float) -> tuple[Te
     return (variance + eps).sqrt(), mean
 
 
+def _sign(difference: Tensor) -> Tensor:
+    """The derivative of the absolute value; NaN stays NaN, of which torch makes 0."""
+    return torch.where(difference.isnan(), difference, difference.sgn())
+
+
 def forward(
     image: Tensor,
     prediction: Tensor,
@@ -112,15 +117,15 @@ def backward(
         for drawn, weight in zip(prediction, weights, strict=True):
             shown = drawn.to(dtype) * scale + offset
             mean_reconstruction += torch.where(weight > 0, weight * shown, 0)
-        sign = (target - mean_reconstruction).sgn_()
+        sign = _sign(target - mean_reconstruction)
 
     for draw, (drawn, weight) in enumerate(zip(prediction, weights, strict=True)):
         drawn = drawn.to(dtype)
-        own_sign = (target - (drawn * scale + offset)).sgn_() if sign is None else sign
+        own_sign = _sign(target - (drawn * scale + offset)) if sign is None else sign
         reaching = torch.where(weight > 0, grad * weight * own_sign, 0)
         grad_target += reaching
         if grad_prediction is not None:
-            grad_prediction[draw] = -reaching * scale
+            grad_prediction[draw] = torch.where(weight > 0, -reaching * scale, 0)
         if normalized_target:
             shown = torch.where(weight > 0, drawn, 0)
             grad_scale -= (reaching * shown).sum(dim=-1, keepdim=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random calls of the operators, forward and backward, against the reference in float64.
 
-The bounds are those of the tests. Where a case is ill-conditioned they can't be met in its dtype;
-then the kernel must be as good as plain PyTorch in that dtype, which is what the reference runs.
+The bounds are those of the tests. Where a case is ill-conditioned no kernel can meet them; then a
+result may be off by what a few roundings of the arguments change, and no more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from grcsf_kernels.triton import interpreting
 
 ISAS = ("portable", "avx2", "avx512")
 
-# How much worse than plain PyTorch a kernel may be where that is beyond the bounds.
+# Where a case is ill-conditioned: how many times the effect of rounding its arguments is allowed.
 AS_GOOD_AS = 4.0
 
 
@@ -74,48 +74,88 @@ def run(call: Call, incoming: Sequence[Tensor], *, exact: bool = False) -> list[
     return [*(o.detach() for o in outputs), *(next(grads) if n else None for n in call.needs)]
 
 
+def perturbed(call: Call, seed: int) -> Call:
+    """The call in float64 with its arguments off by a few roundings of its dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    step = 8 * torch.finfo(checks.compute_dtype(call.dtype)).eps
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point():
+            return tensor
+        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return tensor.detach().double() * (1 + step * noise)
+
+    arguments = [moved(a) for a in call.arguments]
+    return Call(call.operator, call.dtype, call.names, arguments, call.options, call.needs)
+
+
 def smallest(dtype: torch.dtype) -> float:
     """What values of a dtype may always be off by: they, or what they are made of, are denormal."""
     own = torch.finfo(dtype)
     return max(1e3 * torch.finfo(checks.compute_dtype(dtype)).tiny, own.tiny * own.eps)
 
 
-def error(found: Tensor, exact: Tensor, both: Tensor) -> tuple[float, float]:
-    """The relative error of the norm and of the worst element, over elements that are finite."""
-    floor = smallest(found.dtype)
-    found, exact = found.double()[both], exact[both]
-    if not exact.numel():
-        return 0.0, 0.0
-    difference, largest = (found - exact).abs(), exact.abs().amax().item()
-    difference = (difference - floor).clamp(min=0)
-    scale = exact.norm().item()
-    if scale == 0:
-        return difference.amax().item(), difference.amax().item()
-    return difference.norm().item() / scale, difference.amax().item() / largest
+def check_finite(what: str, found: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """Raise unless NaN and Inf are where they belong.
 
-
-def compare(
-    what: str, found: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, gradient: bool
-) -> None:
-    """Raise unless values are in bounds, and NaN and Inf are where they belong."""
+    Where sums overflow in the dtype of the sums alone, plain PyTorch in that dtype says it.
+    """
     assert found.shape == exact.shape, f"{what}: {tuple(found.shape)} != {tuple(exact.shape)}"
-    rounded = exact.to(found.dtype)
     finite = found.isfinite()
-    wrong = (finite != rounded.isfinite()) & (finite != plain.isfinite())
+    wrong = (finite != exact.to(found.dtype).isfinite()) & (finite != plain.isfinite())
     if wrong.any():
         place = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
             f"{what}: {int(wrong.sum())} of {wrong.numel()} values, such as {place}: "
             f"{found[place]}, expected {exact[place]} (plain PyTorch: {plain[place]})"
         )
-    both = finite & rounded.isfinite() & plain.isfinite()
-    bound = TOLERANCES[dtype][1 if gradient else 0]
-    errors, plain_errors = error(found, exact, both), error(plain, exact, both)
-    for kind, own, other in zip(("norm", "worst element"), errors, plain_errors, strict=True):
-        if own > max(bound, AS_GOOD_AS * other):
-            raise AssertionError(
-                f"{what}: {kind} off by {own:.2e}, bound {bound:.0e} (plain PyTorch: {other:.2e})"
-            )
+
+
+def beyond(found: Tensor, exact: Tensor, bound: float, allowed: Tensor | float) -> str:
+    """By how much the relative error of the norm or of the worst element is beyond the bound."""
+    both = found.isfinite() & exact.isfinite()
+    if not both.any():
+        return ""
+    error = ((found.double() - exact).abs() - smallest(found.dtype) - allowed)[both].clamp(min=0)
+    scale, largest = exact[both].norm(), exact[both].abs().amax()
+    if error.norm() > bound * scale:
+        return f"norm off by {error.norm() / scale:.2e}, bound {bound:.0e}"
+    if error.amax() > bound * largest:
+        return f"worst element off by {error.amax() / largest:.2e}, bound {bound:.0e}"
+    return ""
+
+
+def check_values(
+    call: Call,
+    incoming: Sequence[Tensor],
+    found: Sequence[Tensor | None],
+    exact: Sequence[Tensor | None],
+    plain: Sequence[Tensor | None],
+) -> None:
+    """Raise unless all outputs and gradients are in bounds."""
+    outputs = len(incoming)
+    names = [f"output {i}" for i in range(outputs)] + [f"gradient of {n}" for n in call.names]
+    moved: list[list[Tensor | None]] = []
+    for index, name in enumerate(names):
+        one, two, three = found[index], exact[index], plain[index]
+        if one is None or two is None or three is None:
+            assert one is None and two is None, f"{name}: given where it was not asked for"
+            continue
+        check_finite(name, one, two, three)
+        if index >= outputs and call.operator == "gcu" and two.ndim > 1 and two.shape[1] == 1:
+            continue  # the cosine of one channel is a sign: its gradient is 0, and rounding
+        dtype = max((call.dtype, one.dtype), key=lambda d: torch.finfo(d).eps)
+        bound = TOLERANCES[dtype][1 if index >= outputs else 0]
+        if beyond(one, two, bound, 0.0):
+            # Is it the kernel, or can't any be better? How far results move where arguments do.
+            if not moved:
+                with running("reference", "portable", 1):
+                    moved = [run(perturbed(call, i), incoming, exact=True) for i in range(5)]
+            sensitivity = torch.stack(
+                [(other[index] - two).abs() for other in moved]  # type: ignore[operator]
+            ).amax(dim=0)
+            why = beyond(one, two, bound, AS_GOOD_AS * sensitivity.nan_to_num(0.0))
+            assert not why, f"{name}: {why}, also where rounding of arguments is allowed for"
 
 
 def same_bits(one: Sequence[Tensor | None], two: Sequence[Tensor | None], why: str) -> None:
@@ -172,15 +212,7 @@ def check(case: int) -> str:
             found = run(call, incoming)
         with running("reference", isa, 1):
             exact, plain = run(call, incoming, exact=True), run(call, incoming)
-        outputs = len(shapes)
-        names = [f"output {i}" for i in range(outputs)] + [f"gradient of {n}" for n in call.names]
-        for index, name in enumerate(names):
-            one, two, three = found[index], exact[index], plain[index]
-            if one is None or two is None or three is None:
-                assert one is None and two is None, f"{name}: given where it was not asked for"
-                continue
-            narrow = min((call.dtype, one.dtype), key=lambda d: -torch.finfo(d).eps)
-            compare(name, one, two, three, narrow, index >= outputs)
+        check_values(call, incoming, found, exact, plain)
         if maker.random.random() < 0.25:
             with running(backend, isa, threads % 3 + 1):
                 same_bits(found, run(call, incoming), "the number of threads")

@@ -77,28 +77,35 @@ def test_no_more_threads_than_torch_has(threads):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.fixture
+def choose_isa():
+    """Chooses the instruction set; the one from before comes back after the test."""
+    library = native.library()
+    before = library.isa()
+    yield library.choose_isa
+    library.choose_isa(before)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa, tmp_path):
-    """Whatever this processor has, each set holds the bar: every operator, dtype and gradient."""
-    path = tmp_path / "found.pt"
-    result = run_python(
-        "import sys, torch\n"
-        "isa, tests, path = sys.argv[1:]\n"
-        "sys.path.insert(0, tests)\n"
-        "from grcsf_kernels import native\n"
-        "from support import OPERATORS, values_and_gradients\n"
-        "assert isa in ('', native.library().isa())\n"
-        "torch.save([values_and_gradients(o, 'cpu') for o in OPERATORS], path)\n",
-        *(isa, str(Path(__file__).resolve().parent.parent), str(path)),
-        GRCSF_CPU_ISA=isa,
-    )
-    assert result.returncode == 0, result.stderr
-    for operator, found in zip(OPERATORS, torch.load(path), strict=True):
-        exact = values_and_gradients(operator, "reference")
-        for dtype, ones, twos in zip(DTYPES, exact, found, strict=True):
-            for index, (one, two) in enumerate(zip(ones, twos, strict=True)):
-                what = f"{operator} {dtype} {index}"
-                assert_close(two, one, dtype, gradient=True, what=what)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_instruction_set_holds_the_bar(operator, isa, layout, choose_isa):
+    """Every operator, dtype, layout and gradient on every set that this processor has."""
+    choose_isa(isa)
+    assert native.library().isa() == isa
+    found = values_and_gradients(operator, "cpu", layout)
+    exact = values_and_gradients(operator, "reference", layout)
+    for dtype, ones, twos in zip(DTYPES, exact, found, strict=True):
+        for index, (one, two) in enumerate(zip(ones, twos, strict=True)):
+            assert_close(two, one, dtype, gradient=True, what=f"{dtype} {index}")
+
+
+def test_an_instruction_set_that_is_not_there_can_not_be_chosen(choose_isa):
+    with pytest.raises(RuntimeError, match="isa is 'sse9', expected portable, avx2 or avx512"):
+        choose_isa("sse9")
+    if ISAS != ["portable", "avx2", "avx512"]:
+        with pytest.raises(RuntimeError, match="at most"):
+            choose_isa("avx512")
 
 
 def test_an_unknown_instruction_set_is_named():

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NaN stays where it belongs, weights that are 0 are exactly 0, and large values overflow late."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import ALL_RUNS, assert_close
+
+import grcsf_kernels
+
+on_every_run = pytest.mark.parametrize(("operator", "backend", "device"), ALL_RUNS)
+of_gcu = pytest.mark.parametrize(
+    ("backend", "device"), [run[1:] for run in ALL_RUNS if run[0] == "gcu"]
+)
+of_rcu = pytest.mark.parametrize(
+    ("backend", "device"), [run[1:] for run in ALL_RUNS if run[0] == "rcu"]
+)
+of_residual_map = pytest.mark.parametrize(
+    ("backend", "device"), [run[1:] for run in ALL_RUNS if run[0] == "residual_map"]
+)
+
+
+def touched(size, deep, index):
+    """The voxels of an axis that deep voxel ``index`` has a weight in: in whole numbers."""
+    found = set()
+    for voxel in range(size):
+        center = max((2 * voxel + 1) * deep - size, 0)
+        low, rest = divmod(center, 2 * size)
+        if low == index or (low + 1 == index and rest > 0):
+            found.add(voxel)
+    return found
+
+
+@of_gcu
+@pytest.mark.parametrize("deep", [(2, 3, 4), (6, 9, 4), (5, 2, 12), (1, 9, 3)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gcu_spreads_nan_to_no_voxel_in_which_it_weighs_nothing(backend, device, deep, layout):
+    """Of one NaN in the deep feature: only the voxels that are interpolated from it are NaN."""
+    space, index = (6, 9, 12), tuple(size // 2 for size in deep)
+    form = torch.contiguous_format if layout == "contiguous" else torch.channels_last_3d
+    for dtype in (torch.float32, torch.float64):
+        skip = torch.randn(1, 3, *space, dtype=dtype).to(device, memory_format=form)
+        features = torch.randn(1, 3, *deep, dtype=dtype)
+        features[0, 1][index] = math.nan
+        gates = torch.ones(1, 3, dtype=dtype, device=device)
+        with grcsf_kernels.use_backend(backend):
+            found = grcsf_kernels.gcu(skip, features.to(device, memory_format=form), gates, gates)[
+                1
+            ].isnan()
+        expected = torch.zeros(space, dtype=torch.bool)
+        z, y, x = (sorted(touched(*sizes)) for sizes in zip(space, deep, index, strict=True))
+        expected[torch.tensor(z)[:, None, None], torch.tensor(y)[:, None], torch.tensor(x)] = True
+        assert torch.equal(found.cpu()[0, 0], expected), dtype
+
+
+@of_gcu
+def test_gcu_is_exact_where_voxels_lie_on_deep_voxels(backend, device):
+    """At 1:3 every third voxel is a deep voxel: the same feature there has dissimilarity 0."""
+    deep = torch.randn(1, 5, 4, 4, 3, dtype=torch.float64)
+    skip = deep.repeat_interleave(3, 2).repeat_interleave(3, 3).repeat_interleave(3, 4)
+    gates = torch.ones(1, 5, dtype=torch.float64, device=device)
+    with grcsf_kernels.use_backend(backend):
+        found = grcsf_kernels.gcu(skip.to(device), deep.to(device), gates, gates)[1]
+    assert found[..., 1::3, 1::3, 1::3].abs().max() < 1e-15
+
+
+@of_residual_map
+@pytest.mark.parametrize("average", ["residuals", "reconstructions"])
+def test_nan_in_an_image_reaches_its_gradients(backend, device, average):
+    """The derivative of |NaN| is NaN, and a draw that does not count has a gradient of 0."""
+    image = torch.randn(1, 1, 4, 4, device=device)
+    prediction = torch.randn(2, 1, 4, 4, device=device)
+    hidden = torch.tensor([[[True, True, True, False]], [[False, True, True, False]]])
+    image[0, 0, 0, 0] = math.nan
+    image.requires_grad_(), prediction.requires_grad_()
+    with grcsf_kernels.use_backend(backend):
+        result = grcsf_kernels.residual_map(
+            image, prediction, hidden.to(device), patch_size=2, average=average
+        )
+        grads = torch.autograd.grad(result.sum(), [image, prediction])
+    assert grads[0].isnan().sum() == 1 and grads[0][0, 0, 0, 0].isnan()
+    assert grads[1][0, 0, 0].isnan().tolist() == [True, False, False, False]
+    assert not grads[1][1].isnan().any() and not grads[1][1, 0, 0].any()
+
+
+def rcu_call(maps, patch, scale=1.0, dtype=torch.float32, device="cpu"):
+    """rcu of x of three channels and these maps: outputs and every gradient."""
+    generator = torch.Generator().manual_seed(0)
+    channels, heads, space = 3, 2, maps.shape[2:]
+    count = maps.shape[1]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = [
+        *((count, heads, 1, channels), (count, heads, 1), (count, channels, heads, 1)),
+        *((count, channels), (4, channels + count), (1, 4), (4,), ()),
+    ]
+    weights = [torch.randn(shape, generator=generator).to(device, wide) for shape in shapes]
+    weights[0] *= scale
+    x = torch.randn(1, channels, *space, generator=generator).to(device, dtype)
+    arguments = [x, maps.to(device, dtype), *weights]
+    for argument in arguments:
+        argument.requires_grad_()
+    outputs = grcsf_kernels.rcu(*arguments, patch_size=patch)
+    grads = torch.autograd.grad(outputs, arguments, [torch.ones_like(o) for o in outputs])
+    return [*outputs, *grads]
+
+
+@of_rcu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("patch", [1, 2, 3, None])
+def test_rcu_of_constant_maps_and_large_queries_is_finite(backend, device, dtype, patch):
+    """All residual voxels of a patch the same, below 0: softmax is even, whatever the queries."""
+    maps = torch.full((1, 2, 5, 6, 3), -3.5)
+    with grcsf_kernels.use_backend(backend):
+        found = rcu_call(maps, patch, 3000.0, dtype, device)
+    with grcsf_kernels.use_backend("reference"):
+        exact = rcu_call(maps, patch, 3000.0, torch.float64)
+    for index in (0, 1, 6, 7):  # outputs; gradients of value_weight and value_bias
+        assert_close(found[index], exact[index], dtype, gradient=True, what=f"result {index}")
+    assert all(result.isfinite().all() for result in found)
+
+
+@of_rcu
+@pytest.mark.parametrize("patch", [2, 4, None])
+@pytest.mark.parametrize("size", [1e13, 1e15])
+def test_rcu_of_huge_maps_has_finite_gradients(backend, device, patch, size):
+    """Far beyond any intensity: no moment of the maps overflows on the way."""
+    generator = torch.Generator().manual_seed(1)
+    maps = size * torch.rand(1, 1, 4, 5, 3, generator=generator)
+    with grcsf_kernels.use_backend(backend):
+        found = rcu_call(maps, patch, device=device)
+    assert all(result.isfinite().all() for result in found)
