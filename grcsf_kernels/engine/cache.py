@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from grcsf_kernels.engine.data import Case, Sample
-from grcsf_kernels.engine.errors import printable
-from grcsf_kernels.engine.files import write_whole
+from grcsf_kernels.engine.errors import InputError, printable
+from grcsf_kernels.engine.files import saving, write_whole
+from grcsf_kernels.engine.report import warn
 from grcsf_kernels.engine.volumes import read_geometry
 
 _FORMAT = 1  # raised whenever preprocessing gives other numbers for the same settings
@@ -53,6 +54,7 @@ class CachedCases:
         self._load, self._folder = load, Path(folder)
         self._settings, self._residuals = settings, residuals
         self._checked: set[Path] = set()
+        self._full = False
 
     def __call__(self, case: Case) -> Sample:
         """The case, from its entry if that is sound, else read and written there."""
@@ -60,7 +62,14 @@ class CachedCases:
         sample = self._read(path, case)
         if sample is None:
             made = self._load(case)
-            write_whole(path, lambda temporary: _write(temporary, made))
+            try:
+                with saving(path):
+                    write_whole(path, lambda temporary: _write(temporary, made))
+            except InputError as error:  # the case is good all the same
+                if not self._full:
+                    warn(f"{error.where}: {error.problem}; such cases are read again instead")
+                self._full = True
+                return made
             sample = self._read(path, case)
         return made if sample is None else sample
 
@@ -89,7 +98,7 @@ class CachedCases:
             # The checksum once for each run: it reads all of the entry.
             if path not in self._checked and _checksum(tensors) != metadata["checksum"]:
                 return None
-        except (SafetensorError, OSError, ValueError, KeyError):
+        except Exception:  # whatever the reader makes of damaged bytes: it is made again
             return None
         self._checked.add(path)
         return Sample(

@@ -89,6 +89,16 @@ def test_a_damaged_entry_is_made_again(case, tmp_path, fault):
     assert last.reads == 0 and len(list(folder.iterdir())) == 1
 
 
+def test_a_cache_that_can_not_be_written_costs_no_case(case, tmp_path, capsys):
+    """A full disk, or here a file where its folder is meant."""
+    (tmp_path / "cache").write_text("a file")
+    counted = Counted(tmp_path / "cache")
+    made = [counted.cached(case), counted.cached(case)]
+    assert made[0].label.any() and counted.reads == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("can't be written") == 1 and "read again" in said
+
+
 def test_training_from_the_cache_gives_the_same_bits(folder, tmp_path):
     weights = []
     for name, cache in (("plain", None), ("first", "cache"), ("second", "cache")):
