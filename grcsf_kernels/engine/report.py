@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from grcsf_kernels.engine.errors import InputError, printable
+from grcsf_kernels.engine.guard import show_traceback
 from grcsf_kernels.engine.scratch import NoRoomError
 
 Item = TypeVar("Item")
@@ -78,8 +78,8 @@ def for_each(
                 remedy = "check the path and the permissions"
                 report.skip(Path(str(where)), f"{where}: failed, {problem}; {remedy}")
                 continue
-            # No mistake of the user that has a message of its own: the traceback says where.
-            console.print(traceback.format_exc(), highlight=False, markup=False, soft_wrap=True)
+            # No mistake of the user that has a message of its own: GRCSF_TRACEBACK=1 says where.
+            show_traceback(error)
             report.skip(Path(str(where)), f"{where}: failed ({type(error).__name__}: {problem})")
         else:
             if written is not None:
