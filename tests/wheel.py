@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package as an index would give it: ``make wheel`` and ``make wheel-check``.
 
-*build*: the checkout's files in a folder whose name has spaces, brackets and quotes; ``python -m
+*build*: the checkout's files in a folder whose name has spaces and brackets; ``python -m
 build`` makes an sdist of them and a wheel of the sdist, with kernels, in environments of its own.
 
 *check*: the wheel in an environment that has nothing else but torch and pytest, no Triton for
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build/wheel"
-CHECKOUT = WORK / "a (folder) with [brackets], 'quotes' & spaces/checkout"
+CHECKOUT = WORK / "a (folder) with [brackets] & spaces/checkout"
 DIST = WORK / "dist"
 
 INSTALLED = """
