@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grcsf_kernels.reference import gcu as gcu_reference
-from grcsf_kernels.reference.interpolation import upsample_by_axes
+from grcsf_kernels.reference.interpolation import upsample
 from grcsf_kernels.reference.rcu import Region, regions
 
 # Logits of one chunk for each sample, in values: 256 MiB in float32. A graph has a copy of the
@@ -63,7 +63,7 @@ def _gcu(
 ) -> tuple[Tensor, Tensor]:
     gated = gcu_reference._gated(skip, skip_gate)
     # Runtimes have no interpolation of volumes in float64.
-    up = upsample_by_axes(gcu_reference._gated(deep, deep_gate), skip.shape[2:])
+    up = upsample(gcu_reference._gated(deep, deep_gate), skip.shape[2:])
 
     def norm(vectors: Tensor) -> Tensor:
         return (vectors * vectors).sum(dim=1, keepdim=True).sqrt().clamp(min=eps)

@@ -3,32 +3,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-_MODES = {4: "bilinear", 5: "trilinear"}
 
 
 def upsample(deep: Tensor, size: Sequence[int]) -> Tensor:
     """``deep`` [B, C, *S'] interpolated linearly to [B, C, *size], ``align_corners=False``.
 
-    Where the sizes differ by powers of two, PyTorch's positions are exact. Elsewhere they are off
-    by up to 1e-5 voxels in float32, which shows in single voxels, and weights that should be 0 are
-    not, so that NaN spreads: there the exact ones of :func:`positions` are taken, axis by axis.
+    One axis after the other, at the exact positions of :func:`positions`. ``F.interpolate`` takes
+    them in float32 for float32 data, off by up to 1e-5 voxels, which shows in single voxels; and it
+    multiplies by weights of 0, so that NaN and Inf spread to voxels that they do not belong to.
     """
-    ratios = (own / wanted for own, wanted in zip(deep.shape[2:], size, strict=True))
-    if all(math.frexp(ratio)[0] == 0.5 for ratio in ratios):
-        mode = _MODES[deep.ndim]
-        return F.interpolate(deep, size=tuple(size), mode=mode, align_corners=False)
-    return upsample_by_axes(deep, size)
-
-
-def upsample_by_axes(deep: Tensor, size: Sequence[int]) -> Tensor:
-    """The same for any sizes, one axis after the other."""
     for axis, wanted in enumerate(size, start=2):
         if deep.shape[axis] == wanted:
             continue
