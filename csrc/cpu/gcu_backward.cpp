@@ -345,6 +345,12 @@ class Worker {
     const std::int64_t first = columns_.deep_begin(block);
     const std::int64_t length = columns_.deep_end(block) - first;
     const std::int64_t gathered_pitch = work_.gathered_pitch();
+    const std::int64_t count = columns_.count(block);
+    for (std::int64_t c = 0; c < sizes_.channels; ++c) {
+      // Behind the last voxel a gate that is not finite has made NaN of 0.
+      A* row = up_rows_[place] + c * pitch_;
+      for (std::int64_t x = count; x < whole_vectors<A>(count); ++x) row[x] = 0;
+    }
     for (std::int64_t c = 0; c < sizes_.channels; c += together) {
       const A* row = up_rows_[place] + c * pitch_;
       const std::int64_t own = smaller(together, sizes_.channels - c);
