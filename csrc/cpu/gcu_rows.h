@@ -118,12 +118,12 @@ class Columns {
         const Vec<A> high = load(high_weight + x);
         const Vec<A> one = permute<A>(load(window), indices);
         Vec<A> two = permute<A>(load(window + 1), indices);
-        two = high == A(0) ? one : two;  // NaN that weighs nothing
+        two = high == A(0) ? Vec<A>{} : two;  // what weighs nothing may be NaN or Inf
         store((one * load(low_weight + x) + two * high) * gate, out + x);
       }
     } else {
       for (; x < voxels; ++x) {
-        const A one = from[low[x]], two = high_weight[x] == 0 ? one : from[low[x] + 1];
+        const A one = from[low[x]], two = high_weight[x] == 0 ? A(0) : from[low[x] + 1];
         out[x] = (one * low_weight[x] + two * high_weight[x]) * gate;
       }
     }
@@ -310,8 +310,9 @@ struct UpRow {
 template <typename T, typename A = ComputeType<T>>
 inline UpRow<A> up_row(DeepRows<T>& rows, const Position& y) {
   const A* low = rows.row(y.low);
-  return {low, y.high == y.low ? low : rows.row(y.high), static_cast<A>(1 - y.fraction),
-          static_cast<A>(y.fraction)};
+  // One row alone is its half twice: times 0 its Inf would be NaN.
+  if (y.high == y.low) return {low, low, A(0.5), A(0.5)};
+  return {low, rows.row(y.high), static_cast<A>(1 - y.fraction), static_cast<A>(y.fraction)};
 }
 
 // Sums over channels, per voxel of a row.

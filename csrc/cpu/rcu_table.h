@@ -59,7 +59,8 @@ inline Nodes nodes_for(double least_a, double greatest_a, double least_r, double
   nodes.first = least_a;
   const double range = greatest_a - least_a;
   const double wanted = range * (greatest_r - least_r) / widest;
-  if (!(wanted < static_cast<double>(most - 4))) return nodes;  // NaN and infinity too
+  // NaN and infinity too; and a range below 0, which is that of queries that are all NaN.
+  if (!(range >= 0 && wanted < static_cast<double>(most - 4))) return nodes;
   nodes.count = (static_cast<std::int64_t>(wanted) + 2 + 3) / 4 * 4;
   nodes.step = range / static_cast<double>(nodes.count - 1);
   return nodes;

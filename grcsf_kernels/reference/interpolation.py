@@ -23,7 +23,8 @@ def upsample(deep: Tensor, size: Sequence[int]) -> Tensor:
         fraction = fraction.to(deep).view(-1, *[1] * (deep.ndim - axis - 1))
         below = deep.index_select(axis, low.to(deep.device))
         above = deep.index_select(axis, high.to(deep.device))
-        deep = below * (1 - fraction) + above * fraction
+        # What weighs nothing may be Inf, which times 0 is NaN.
+        deep = below * (1 - fraction) + (above * fraction).masked_fill(fraction == 0, 0)
     return deep
 
 

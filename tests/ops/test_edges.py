@@ -132,3 +132,68 @@ def test_rcu_of_huge_maps_has_finite_gradients(backend, device, patch, size):
     with grcsf_kernels.use_backend(backend):
         found = rcu_call(maps, patch, device=device)
     assert all(result.isfinite().all() for result in found)
+
+
+def _on_both(operator, arguments, **options):
+    """Outputs and gradients on the CPU's kernels and on the reference."""
+    found = []
+    for backend in ("cpu", "reference"):
+        own = [argument.clone().requires_grad_() for argument in arguments]
+        with grcsf_kernels.use_backend(backend):
+            outputs = getattr(grcsf_kernels, operator)(*own, **options)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        found.append([*(o.detach() for o in outputs), *(argument.grad for argument in own)])
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8])
+def test_gcu_infinity_of_one_channel_leaves_the_gradients_of_others(width):
+    """Of a zero skip beside an infinite voxel: only that voxel's channel has gradients of NaN."""
+    generator = torch.Generator().manual_seed(0)
+    deep = torch.randn(1, 3, 9, width, generator=generator)
+    deep[0, 1, 1, 0] = -torch.inf
+    gates = torch.rand(2, 1, 3, generator=generator)
+    arguments = [torch.zeros_like(deep), deep, *gates]
+    for actual, expected in _on_both("gcu", arguments, compensation="similarity"):
+        assert torch.equal(actual.isnan(), expected.isnan())
+
+
+def test_gcu_infinite_gate_leaves_the_gradient_of_deep_of_others():
+    """Behind the last voxel of a row there are zeros, which an infinite gate makes NaN."""
+    generator = torch.Generator().manual_seed(0)
+    skip = torch.randn(1, 4, 1, 1, 2, generator=generator)
+    gates = torch.rand(2, 1, 4, generator=generator)
+    gates[0, 0, 2] = torch.inf
+    *_, grad_deep, _, _ = _on_both("gcu", [skip, torch.zeros(1, 4, 1, 1, 1), *gates])
+    actual, expected = grad_deep
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert expected.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("voxels", [3, 16, 64])
+def test_rcu_nan_in_the_query_of_one_head_leaves_the_gradients_of_others(voxels):
+    """A head without a range of queries has no table, and takes no part in that of all heads."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    maps, heads, channels, hidden = 3, 4, 3, 3
+    bias = randn(maps, heads, 1)
+    bias[1, 2] = torch.nan
+    arguments = [
+        randn(3, channels, voxels, 1),
+        randn(3, maps, voxels, 1),
+        randn(maps, heads, 1, channels),
+        bias,
+        randn(maps, channels, heads, 1),
+        randn(maps, channels),
+        randn(hidden, channels + maps),
+        randn(3, hidden),
+        randn(hidden),
+        randn(1)[0],
+    ]
+    for actual, expected in _on_both("rcu", arguments, patch_size=64):
+        finite = actual.isfinite()
+        assert torch.equal(finite, expected.isfinite())
+        torch.testing.assert_close(actual[finite], expected[finite], rtol=1e-4, atol=1e-5)
