@@ -212,6 +212,8 @@ class Maker:
             self.values([batch, channels], wide),
             self.values([batch, channels], wide),
         ]
+        # Of an infinite gate, the order of gate and interpolation decides on Inf or NaN.
+        arguments[3].masked_fill_(arguments[3].isinf(), math.nan)
         return ["skip", "deep", "skip_gate", "deep_gate"], arguments, options
 
     def _rcu(

@@ -46,15 +46,18 @@ def _wrong_option(maker: Maker, name: str, value: Any) -> Any:
     return "median"
 
 
-def _acceptable(operator: str, name: str, changed: Tensor, original: Tensor) -> bool:
+def _acceptable(name: str, changed: Tensor, original: Tensor, hidden: Tensor | None) -> bool:
     """Whether the change left the call right."""
     if changed.is_sparse or (changed.dtype, changed.device) != (original.dtype, original.device):
         return False
     if changed.shape == original.shape:
         return True
+    if changed.ndim != original.ndim:
+        return False
+    if name == "prediction":  # any number of draws
+        return hidden is None and changed.shape[1:] == original.shape[1:]
     # Features of any size can be interpolated to any other.
-    resized = changed.ndim == original.ndim and changed.shape[:2] == original.shape[:2]
-    return operator == "gcu" and name in ("skip", "deep") and resized
+    return name in ("skip", "deep") and changed.shape[:2] == original.shape[:2]
 
 
 def _backward_arguments(operator: str, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -100,7 +103,8 @@ def check_refusal(maker: Maker) -> str:
         own = position - (len(tensors) - len(arguments))
         # Of a backward the gradients fix all sizes of skip.
         name = call.names[own] if own >= 0 and not (backward and own == 0) else ""
-        if _acceptable(call.operator, name, changed, original):
+        hidden = arguments[-1] if call.operator == "residual_map" else None
+        if _acceptable(name, changed, original, hidden):
             return f"refusal of {call.operator} (nothing to change)"
         tensors = list(tensors)
         tensors[position] = changed
