@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -54,6 +55,19 @@ class MicroBatch:
     def share(self) -> float:
         """Of these crops in all of the step."""
         return len(self.crops) / self.total
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: the crops as bytes, sent through a pipe.
+
+        torch would share their memory through /dev/shm and a socket in the folder for temporary
+        files. Where either can't be made, the worker drops the crops and the training waits for
+        them for ever.
+        """
+        return {**self.__dict__, "crops": self.crops.numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.crops = torch.from_numpy(state["crops"])
 
     def pin_memory(self) -> MicroBatch:
         """For the loader: the crops in memory that a GPU reads without waiting."""
@@ -118,8 +132,7 @@ def load_steps(
             raise InputError(
                 "workers",
                 f"one of {config.workers} ended ({' '.join(str(error).split())[:160]})",
-                "give them more memory and /dev/shm (docker run --shm-size 8g), or set fewer; "
-                "the same call goes on",
+                "give them more memory, or set fewer; the same call goes on",
             ) from error
         if isinstance(item, tuple | list) and isinstance(item[0], str):
             raise InputError(*item)

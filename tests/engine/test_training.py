@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import signal
+import tempfile
 
 import pytest
 import torch
@@ -77,6 +78,15 @@ def test_micro_batches_learn_what_one_batch_does(folder, tmp_path):
         for k in (1, 4)
     )
     assert all(close(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_workers_need_no_short_folder_for_temporary_files(folder, tmp_path, monkeypatch):
+    """A socket there has a name of at most 107 bytes; crops it could not hand over were lost."""
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert weights(folder, tmp_path / "run", workers=1, steps_per_epoch=2, epochs=1)
 
 
 def test_workers_make_the_same_crops(folder, tmp_path):
