@@ -13,6 +13,7 @@ import pytest
 import torch
 from monai.networks.nets import DynUNet
 
+from grcsf_kernels.models import GRCSF
 from grcsf_kernels.nn import GCU, RCU, CompensatedUNet
 
 # One process compiles all, and the others have the rest of the suite.
@@ -47,13 +48,23 @@ def for_units(*space):
     return torch.randn(2, 4, *space), torch.randn(2, 6, *deep), torch.rand(2, 2, *space)
 
 
+def grcsf():
+    return GRCSF(channels=(4, 8), num_heads=2, head_dim=4, patch_size=4, score_channels=4)
+
+
+def image_and_maps(*space):
+    return torch.randn(1, 1, *space), torch.rand(1, 2, *space)
+
+
 CASES = {
     # name: module, inputs of two sizes (a second one: compiled with dynamic sizes), dtype
     "DynUNet 2D": (lambda: CompensatedUNet(dynunet(2), patch_size=4), [joined(16, 16)], None),
     "units 3D": (Units, [for_units(5, 6, 4), for_units(7, 4, 6)], None),
+    "units 2D": (Units, [for_units(6, 7)], "autocast"),
+    "GRCSF 3D": (grcsf, [image_and_maps(8, 8, 8)], None),
 }
-# Of forward and backward.
-BOUNDS = {None: (2e-5, 2e-4)}
+# Of forward and backward; under autocast those of bfloat16, whose step is 4e-3.
+BOUNDS = {None: (2e-5, 2e-4), "autocast": (1e-2, 3e-2)}
 
 
 def run(module, call, inputs, dtype):
