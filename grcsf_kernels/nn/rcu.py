@@ -163,7 +163,7 @@ class RCU(nn.Module):
 
     def _attention_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query_weight, query_bias, value_weight and value_bias: docs/operators.md, absorption."""
-        like = x.new_empty(0, dtype=compute_dtype(x))
+        like = x.new_empty((0,), dtype=compute_dtype(x))
 
         def stacked(name: str, features: int) -> tuple[Tensor, Tensor]:
             layers = getattr(self, name)
@@ -197,7 +197,7 @@ class RCU(nn.Module):
         self, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The scoring network; the context's part goes into its bias, one for each sample."""
-        like = x.new_empty(0, dtype=compute_dtype(x))
+        like = x.new_empty((0,), dtype=compute_dtype(x))
         described = self.channels + self.num_maps * self.map_channels
         features = described + (self.context_channels or 0)
         weight, bias = affine("RCU: score_hidden", self.score_hidden, features, like)
