@@ -32,7 +32,7 @@ def position(index, size, deep_size, LONG: tl.constexpr, DTYPE: tl.constexpr):
     low = numerator // (2 * size)
     rest = numerator - low * (2 * size)
     # One index where the other weighs nothing, so that its NaN does not count.
-    high = tl.where(rest > 0, tl.minimum(low + 1, deep_size - 1), low)
+    high = tl.minimum(low + (rest > 0).to(low.dtype), deep_size - 1)
     return low, high, rest.to(DTYPE) * inverse(size, DTYPE)
 
 
@@ -285,7 +285,7 @@ def upsampled(
         )
         # Voxels past the end of the row are masked later, and read any column.
         low = tl.minimum((x0 - start).to(tl.int32), BLOCK_X - 1)[None, :]
-        high = tl.minimum((x1 - start).to(tl.int32), BLOCK_X - 1)[None, :]
+        high = tl.minimum(low + (rest > 0).to(low.dtype), deep_size - 1)
         out_shape: tl.constexpr = [channel.shape[0], x.shape[0]]
         left = tl.gather(here, tl.broadcast_to(low, out_shape), axis=1)
         right = tl.gather(here, tl.broadcast_to(high, out_shape), axis=1)
