@@ -285,7 +285,7 @@ def upsampled(
         )
         # Voxels past the end of the row are masked later, and read any column.
         low = tl.minimum((x0 - start).to(tl.int32), BLOCK_X - 1)[None, :]
-        high = tl.minimum(low + (rest > 0).to(low.dtype), deep_size - 1)
+        high = tl.minimum((x1 - start).to(tl.int32), BLOCK_X - 1)[None, :]
         out_shape: tl.constexpr = [channel.shape[0], x.shape[0]]
         left = tl.gather(here, tl.broadcast_to(low, out_shape), axis=1)
         right = tl.gather(here, tl.broadcast_to(high, out_shape), axis=1)
