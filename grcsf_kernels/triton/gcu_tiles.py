@@ -30,10 +30,8 @@ def position(index, size, deep_size, LONG: tl.constexpr, DTYPE: tl.constexpr):
         index = index.to(tl.int64)
     numerator = tl.maximum((2 * index + 1) * deep_size - size, 0)
     low = numerator // (2 * size)
-    rest = numerator - low * (2 * size)
-    # One index where the other weighs nothing, so that its NaN does not count.
-    high = tl.minimum(low + (rest > 0).to(low.dtype), deep_size - 1)
-    return low, high, rest.to(DTYPE) * inverse(size, DTYPE)
+    fraction = (numerator - low * (2 * size)).to(DTYPE) * inverse(size, DTYPE)
+    return low, tl.minimum(low + 1, deep_size - 1), fraction
 
 
 @triton.jit
