@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.report import Report, warn
-from grcsf_kernels.engine.search import by_stem, entries, identity, walk
+from grcsf_kernels.engine.search import by_stem, listed_once, walk
 from grcsf_kernels.engine.volumes import is_volume, stem
 
 # How deep below the folder the subjects may be: ATLAS has Training/R001/sub-r001s001.
@@ -75,17 +74,7 @@ def _subjects(
     if folder.name.startswith("sub-"):
         yield folder
         return
-    try:
-        here = identity(folder)
-        if here in seen:
-            return
-        seen.add(here)
-        found = entries(folder)
-    except InputError as error:
-        if report is not None:
-            report.skip(folder, str(error))
-        return
-    for path in found:
+    for path in listed_once(folder, report, seen):
         if path.name.startswith("sub-") and not is_volume(path):
             # A link whose target is missing is one of them: walk() says so.
             if os.path.isdir(path) or os.path.islink(path):

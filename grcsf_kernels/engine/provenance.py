@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch import nn
 
 from grcsf_kernels.engine.config import ResidualsConfig
 from grcsf_kernels.engine.data import Case, residual_path
+from grcsf_kernels.engine.digests import tensors_digest
 from grcsf_kernels.engine.errors import InputError
 from grcsf_kernels.engine.files import write_whole
 from grcsf_kernels.engine.finished import Origin, image_digest, read_origin
@@ -26,11 +26,7 @@ _FILE = "residuals.json"
 
 def digest(model: nn.Module) -> str:
     """A hash of the names, shapes and values of a model's weights."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.contiguous().cpu().numpy().data)
-    return found.hexdigest()[:32]
+    return tensors_digest((name, t.cpu()) for name, t in model.state_dict().items())[:32]
 
 
 def describe_maps(autoencoders: Sequence[nn.Module], config: ResidualsConfig) -> dict[str, Any]:

@@ -73,6 +73,26 @@ def by_stem(paths: Iterable[Path], report: Report | None) -> tuple[dict[str, Pat
     return one_each(((stem(path), path) for path in paths), report)
 
 
+def listed_once(folder: Path, report: Report | None, seen: set[tuple[int, int]]) -> list[Path]:
+    """What is in a folder, by name; nothing where it was listed before, or can't be.
+
+    Args:
+        folder: the folder.
+        report: takes it if it can't be listed; None: that does not matter to the caller.
+        seen: identities of the folders that were listed; that of this one is added.
+    """
+    try:
+        here = identity(folder)
+        if here in seen:
+            return []
+        seen.add(here)
+        return entries(folder)
+    except InputError as error:
+        if report is not None:
+            report.skip(folder, str(error))
+        return []
+
+
 def walk(folder: Path, report: Report, seen: set[tuple[int, int]]) -> Iterator[Path]:
     """The files in a folder and in all folders below, by name; linked folders are gone through.
 
@@ -81,16 +101,7 @@ def walk(folder: Path, report: Report, seen: set[tuple[int, int]]) -> Iterator[P
         report: takes folders that can't be listed, and links to folders that are not there.
         seen: identities of the folders that were listed: none is twice, whatever links to it.
     """
-    try:
-        here = identity(folder)
-        if here in seen:
-            return
-        seen.add(here)
-        found = entries(folder)
-    except InputError as error:
-        report.skip(folder, str(error))
-        return
-    for path in found:
+    for path in listed_once(folder, report, seen):
         if os.path.isdir(path) and not is_volume(path):
             if not path.name.startswith("."):
                 yield from walk(path, report, seen)
