@@ -66,6 +66,7 @@ struct Forward {
     const double score =
         score_of<A>(arguments.weights, s, sample, attention.means.data(), attention.hidden.data());
     build_tables<T, 3>(s, maps, voxels, attention);
+    center_maps(s, maps, voxels, attention);
     expect<A>(s, attention.tables, voxels, attention, [&](std::int64_t map, auto body) {
       body(Keys<A>{{maps[map * s.map_channels], maps.pitch}, voxels});
     });

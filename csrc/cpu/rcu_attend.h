@@ -4,7 +4,8 @@
 //
 // Queries lie across the lanes of a vector and keys are broadcast, so that nothing is reduced
 // across lanes and the order of every sum is fixed. Rows are packed: `c` rows a head, `pitch`
-// apart.
+// apart. Keys are taken relative to the first voxel of the patch, so that an offset of the map costs
+// no digits of the logits and a constant map is exact.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +28,8 @@ struct Rows {
   A* operator[](std::int64_t row) const { return data + row * pitch; }
 };
 
-// The softmax of the queries so far: the greatest logit, sum exp(logit - greatest), and E as a sum.
+// The softmax of the queries so far: the greatest logit, sum exp(logit - greatest), and E, relative
+// to the center of the keys, as a sum.
 template <typename A>
 struct Softmax {
   A* greatest;
@@ -35,7 +37,7 @@ struct Softmax {
   Rows<A> mean;
 };
 
-// Residual voxels: `count` of them in c rows.
+// Residual voxels, about their center: `count` of them in c rows.
 template <typename A>
 struct Keys {
   Rows<const A> rows;
@@ -124,6 +126,27 @@ void add_keys(const Rows<const A>& queries, std::int64_t channels, std::int64_t 
   }
 }
 
+// Subtracts the value of its center from each of `channels` rows of keys.
+template <typename A>
+void center_keys(const Rows<A>& rows, std::int64_t channels, std::int64_t count, const A* center) {
+  for (std::int64_t c = 0; c < channels; ++c) {
+    A* row = rows[c];
+    const A own = center[c];
+    for (std::int64_t v = 0; v < count; ++v) row[v] -= own;
+  }
+}
+
+// Makes E of a head absolute.
+template <typename A>
+void add_center(const Rows<A>& mean, std::int64_t channels, std::int64_t voxels, const A* center) {
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const A own = center[c];
+    for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
+      store(load(mean[c] + v) + own, mean[c] + v);
+    }
+  }
+}
+
 // Turns sums into E, and totals into their inverses.
 template <typename A>
 void end_softmax(std::int64_t channels, std::int64_t voxels, const Softmax<A>& state) {
@@ -148,7 +171,8 @@ void level_of(const Rows<const A>& grad, const Rows<const A>& mean, std::int64_t
 }
 
 // Adds what a chunk of keys gives to the gradient of the queries:
-// sum over j of p_j (grad . r_j - level) r_j, p from the finished softmax.
+// sum over j of p_j (grad . r_j - level) (r_j - E), p from the finished softmax. Without E the sum
+// would be the same but for the rounding of the level, which is large beside a small covariance.
 template <typename A>
 void add_query_gradient(const Rows<const A>& queries, const Rows<const A>& grad, const A* level,
                         std::int64_t channels, std::int64_t voxels, const Keys<A>& keys,
@@ -157,7 +181,7 @@ void add_query_gradient(const Rows<const A>& queries, const Rows<const A>& grad,
     const Vec<A> greatest = load(state.greatest + v), inverse = load(state.total + v);
     const Vec<A> base = load(level + v);
     by_pieces(keys.count, [&](std::int64_t first, std::int64_t count) {
-      Vec<A> weight[keys_summed];
+      Vec<A> weight[keys_summed], total{};
       by_keys(count, [&](std::int64_t key, auto many) {
         constexpr int N = decltype(many)::value;
         Vec<A> reach[N];
@@ -166,11 +190,12 @@ void add_query_gradient(const Rows<const A>& queries, const Rows<const A>& grad,
         logits<A, N>(grad, keys.rows, channels, v, first + key, reach);
         for (int j = 0; j < N; ++j) {
           own[j] = exp_of<A>(own[j] - greatest) * inverse * (reach[j] - base);
+          total += own[j];
         }
       });
       for (std::int64_t c = 0; c < channels; ++c) {
         const Vec<A> sum = weighted_sum<A>(weight, keys.rows[c], first, count);
-        store(load(out[c] + v) + sum, out[c] + v);
+        store(load(out[c] + v) + (sum - total * load(state.mean[c] + v)), out[c] + v);
       }
     });
   }

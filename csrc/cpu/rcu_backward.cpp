@@ -76,11 +76,12 @@ struct Backward {
       body(Keys<A>{{maps[map * s.map_channels], pitch}, voxels});
     };
     project_queries(projections, s, own, pitch, voxels, attention.a, [] {});
+    means_of(s, own, pitch, maps, voxels, attention.means.data());
     build_tables<T, 4>(s, maps, voxels, attention);
+    center_maps(s, maps, voxels, attention);
     attend_backward(projections, s, attention.tables, grad, pitch, voxels, attention, all_keys);
     grad_score += add_weight_gradients(projections, s, score, own, grad, pitch, voxels, attention,
                                        layout, sums);
-    means_of(s, own, pitch, maps, voxels, attention.means.data());
     score_backward<A>(arguments.weights, s, sample, score, grad_score, voxels,
                       attention.means.data(), attention.hidden.data(), layout, sums);
     if (wants_residual) {
@@ -101,6 +102,7 @@ struct Backward {
       if (tabulated(space.attention.tables, k) && tabulate_map(space, maps[k], k, voxels, out[k])) {
         continue;
       }
+      center_map(s, maps, k, voxels, space.attention);
       const std::int64_t first = k * s.map_channels;
       for (std::int64_t c = 0; c < s.map_channels; ++c) std::fill_n(out[first + c], whole, A(0));
       for (std::int64_t h = 0; h < s.heads; ++h) {
@@ -117,12 +119,14 @@ struct Backward {
     return all;
   }
 
-  // log sum exp for every query of a head, then what the head adds to F at the nodes.
+  // log sum exp and E, both about the middle of r, for every query of a head, then what the head
+  // adds to F at the nodes.
   void add_head(Attention<A>& own, const Table<A>& table, std::int64_t head, std::int64_t voxels,
                 const MapNodes& nodes, double* sums) const {
-    look_up<A, 1>(table, own.a[head], voxels, {table.splines.log}, {own.level});
-    add_reaching(Reaching<A>{own.a[head], own.reach[head], own.mean[head], own.level}, voxels,
-                 nodes, own.space.weights, sums);
+    look_up<A, 2>(table, own.a[head], voxels, {table.splines.log, table.splines.mean},
+                  {own.level, own.total});
+    add_reaching(Reaching<A>{own.a[head], own.reach[head], own.total, own.level}, voxels, nodes,
+                 own.space.weights, sums);
   }
 
   // By a table over r; false where that would not pay.
@@ -377,6 +381,7 @@ struct Backward {
         look_up<A, 1>(tables[k], own_keys[0], voxels, {tables[k].splines.mean}, {out[k]});
         continue;
       }
+      center_keys(own_keys, c, voxels, &large.centers[k * c]);
       for (std::int64_t i = 0; i < c; ++i) std::fill_n(out[k * c + i], whole, A(0));
     }
     for (std::int64_t other = 0; other < chunks.count && !state.empty(); ++other) {

@@ -100,7 +100,7 @@ void attend_backward(const Projections<A>& projections, const Sizes& s,
       A* slope = own.slope[head];
       const Splines<A>& splines = tables[head].splines;
       look_up<A, 2>(tables[head], own.a[head], whole, {splines.mean, splines.variance},
-                    {own.mean[head], slope});
+                    {own.mean[head], slope}, tables[head].middle);
       for (std::int64_t v = 0; v < whole; v += lanes<A>) {
         store(load(slope + v) * load(own.reach[head] + v), slope + v);
       }
@@ -120,6 +120,7 @@ void attend_backward(const Projections<A>& projections, const Sizes& s,
       add_query_gradient<A>(constant(queries), constant(reach), own.level, s.map_channels, whole,
                             keys, state, slope);
     });
+    add_center(state.mean, s.map_channels, whole, center_of(own, s, head));
   }
 }
 

@@ -37,7 +37,8 @@ MapNodes map_nodes(const Range<ComputeType<T>>& of_r, double greatest, std::int6
   return nodes;
 }
 
-// The queries of one head in a chunk, all with the gradient of E not yet multiplied by the score.
+// The queries of one head in a chunk, all with the gradient of E not yet multiplied by the score; E
+// and log sum exp are about the middle of r.
 template <typename A>
 struct Reaching {
   const A *a, *reach, *mean, *log;
@@ -48,7 +49,7 @@ template <typename A>
 void add_reaching(const Reaching<A>& own, std::int64_t voxels, const MapNodes& nodes,
                   const Weights<A>& weights, double* sums) {
   constexpr int together = 4;
-  const A step = static_cast<A>(nodes.step), middle = static_cast<A>(nodes.middle);
+  const A step = static_cast<A>(nodes.step);
   const std::int64_t whole = whole_vectors<A>(voxels);
   for (std::int64_t v = 0; v < whole; v += lanes<A>) {
     store(exp_of<A>(load(own.a + v) * step), weights.factor + v);
@@ -71,7 +72,7 @@ void add_reaching(const Reaching<A>& own, std::int64_t voxels, const MapNodes& n
     for (int n = 0; n < together; ++n) at[n] = static_cast<A>(nodes.at(node + n) - nodes.middle);
     for (std::int64_t v = 0; v < whole; v += lanes<A>) {
       const Vec<A> a = load(own.a + v), factor = load(weights.factor + v);
-      const Vec<A> mean = load(own.mean + v) - middle;
+      const Vec<A> mean = load(own.mean + v);
       Vec<A> weight = load(weights.now + v);
       for (int n = 0; n < together; ++n) {
         const Vec<A> lean = a * (at[n] - mean), steep = weight * a;

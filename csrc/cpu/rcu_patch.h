@@ -247,6 +247,7 @@ struct Attention {
   Vector<Nodes> nodes;
   Vector<Range<A>> ranges;
   Vector<Table<A>> tables;  // one a head
+  Vector<A> centers;        // [K * c]: what keys of direct sums are relative to
   Vector<double> means, hidden;
 
   void carve(Carver<A>& carver, const Sizes& s, std::int64_t voxels, std::int64_t most,
@@ -264,6 +265,7 @@ struct Attention {
     nodes.reserve(s.heads);
     ranges.resize(s.heads);
     tables.resize(s.maps * s.heads);
+    centers.resize(s.map_lines);
     means.resize(s.channels + s.map_lines);
     hidden.resize(s.hidden);
   }
@@ -301,10 +303,38 @@ void build_tables(const Sizes& s, const Rows<ComputeType<T>>& r, std::int64_t vo
   }
 }
 
+// Makes the residual voxels of a map relative to the first one.
+template <typename A>
+void center_map(const Sizes& s, const Rows<A>& maps, std::int64_t k, std::int64_t voxels,
+                Attention<A>& own) {
+  const std::int64_t c = s.map_channels;
+  A* center = own.centers.data() + k * c;
+  for (std::int64_t i = 0; i < c; ++i) center[i] = maps[k * c + i][0];
+  center_keys<A>({maps[k * c], maps.pitch}, c, voxels, center);
+}
+
+// The same for all maps of which heads sum over the voxels directly. Nothing that reads these as
+// they are may come after it.
+template <typename A>
+void center_maps(const Sizes& s, const Rows<A>& maps, std::int64_t voxels, Attention<A>& own) {
+  for (std::int64_t k = 0; k < s.maps; ++k) {
+    bool direct = false;
+    for (std::int64_t h = 0; h < s.heads; ++h) {
+      direct = direct || own.tables[k * s.heads + h].last < 0;
+    }
+    if (direct) center_map(s, maps, k, voxels, own);
+  }
+}
+
 // The rows of one map and head, and of one map.
 template <typename A>
 Rows<A> head_rows(const Rows<A>& rows, const Sizes& s, std::int64_t head) {
   return {rows[head * s.map_channels], rows.pitch};
+}
+
+template <typename A>
+const A* center_of(const Attention<A>& own, const Sizes& s, std::int64_t head) {
+  return own.centers.data() + head / s.heads * s.map_channels;
 }
 
 template <typename A>
@@ -334,7 +364,7 @@ void means_of(const Sizes& s, const A* x, std::int64_t pitch, const Rows<A>& r, 
 }
 
 // E of a chunk of queries, every head. `each_keys(map, body)` calls body(Keys) for all residual
-// voxels of the patch, chunk by chunk.
+// voxels of the patch about own.centers, chunk by chunk.
 template <typename A, typename EachKeys>
 void expect(const Sizes& s, const Vector<Table<A>>& tables, std::int64_t voxels,
             const Attention<A>& own, EachKeys each_keys) {
@@ -342,7 +372,7 @@ void expect(const Sizes& s, const Vector<Table<A>>& tables, std::int64_t voxels,
   for (std::int64_t head = 0; head < s.maps * s.heads; ++head) {
     if (tables[head].last >= 0) {
       look_up<A, 1>(tables[head], own.a[head], whole, {tables[head].splines.mean},
-                    {own.mean[head]});
+                    {own.mean[head]}, tables[head].middle);
       continue;
     }
     const Softmax<A> state{own.greatest, own.total, head_rows(own.mean, s, head)};
@@ -352,6 +382,7 @@ void expect(const Sizes& s, const Vector<Table<A>>& tables, std::int64_t voxels,
       add_keys<A>(queries, s.map_channels, whole, keys, state);
     });
     end_softmax<A>(s.map_channels, whole, state);
+    add_center(state.mean, s.map_channels, whole, center_of(own, s, head));
   }
 }
 

@@ -69,14 +69,14 @@ inline Nodes nodes_for(double least_a, double greatest_a, double least_r, double
 // The coefficients of splines over the same nodes, four for each interval. Null where not wanted.
 template <typename A>
 struct Splines {
-  A* mean = nullptr;      // E
+  A* mean = nullptr;      // E - middle of r
   A* variance = nullptr;  // its derivative; backward
   A* log = nullptr;       // log sum exp(a (r - middle of r)), whose derivative is E - middle
 };
 
 template <typename A>
 struct Table {
-  A first = 0, inverse = 0;
+  A first = 0, inverse = 0, middle = 0;
   std::int64_t last = -1;  // last interval; -1: no table
   Splines<A> splines;
 };
@@ -218,7 +218,8 @@ Table<A> table_of(const Nodes& nodes, const Moments* at, const Splines<A>& splin
   };
   for (std::int64_t n = 0; n + 1 < nodes.count; ++n) {
     const Moments &from = at[n], &to = at[n + 1];
-    hermite(from.mean, to.mean, step * from.variance, step * to.variance, splines.mean + 4 * n);
+    hermite(from.mean - middle, to.mean - middle, step * from.variance, step * to.variance,
+            splines.mean + 4 * n);
     if (splines.variance != nullptr) {
       hermite(from.variance, to.variance, step * from.third, step * to.third,
               splines.variance + 4 * n);
@@ -231,6 +232,7 @@ Table<A> table_of(const Nodes& nodes, const Moments* at, const Splines<A>& splin
   Table<A> table =
       table_over<A>(nodes.first, step * static_cast<double>(nodes.count - 1), nodes.count);
   table.splines = splines;
+  table.middle = static_cast<A>(middle);
   return table;
 }
 
@@ -288,10 +290,10 @@ inline Vec<A> cubic(const A* coefficients, Integers<A> index, Vec<A> f) {
   return ((c[3] * f + c[2]) * f + c[1]) * f + c[0];
 }
 
-// Splines of a table at every value of a row: out[i] from splines[i].
+// Splines of a table at every value of a row: out[i] from splines[i], and `more` on top of out[0].
 template <typename A, int N>
 void look_up(const Table<A>& table, const A* argument, std::int64_t voxels,
-             const A* const (&splines)[N], A* const (&out)[N]) {
+             const A* const (&splines)[N], A* const (&out)[N], A more = 0) {
   const Vec<A> most = splat<A>(static_cast<A>(table.last + 1));
   const Integers<A> last = Integers<A>{} + static_cast<decltype(Integers<A>{}[0] + 0)>(table.last);
   for (std::int64_t v = 0; v < whole_vectors<A>(voxels); v += lanes<A>) {
@@ -301,7 +303,8 @@ void look_up(const Table<A>& table, const A* argument, std::int64_t voxels,
     index = index < 0 ? Integers<A>{} : index;  // what NaN converts to
     index = index > last ? last : index;
     const Vec<A> f = t - __builtin_convertvector(index, Vec<A>);
-    for (int i = 0; i < N; ++i) store(cubic<A>(splines[i], index, f), out[i] + v);
+    store(cubic<A>(splines[0], index, f) + more, out[0] + v);
+    for (int i = 1; i < N; ++i) store(cubic<A>(splines[i], index, f), out[i] + v);
   }
 }
 

@@ -54,6 +54,7 @@ struct LargePatch {
   const Wanted wanted;
   Vector<double> means;     // [C + K * c]
   Vector<Table<A>> tables;  // one a head
+  Vector<A> centers;        // [K * c]: the first residual voxel
   Vector<Vector<A>> coefficients;
   Vector<Range<A>> of_a, of_r;  // of every head and map; c = 1 only
 
@@ -88,7 +89,13 @@ struct LargePatch {
         wanted(given_wanted),
         means(s.channels + s.map_lines),
         tables(s.maps * s.heads),
-        spaces(given.threads, s, chunks.most_voxels(), wanted) {}
+        centers(s.map_lines),
+        spaces(given.threads, s, chunks.most_voxels(), wanted) {
+    const T* first = residual.at(box);
+    for (std::int64_t i = 0; i < s.map_lines; ++i) {
+      centers[i] = widen(first[i * residual.channel]);
+    }
+  }
 
   void pack_chunk(const Patches<const T>& volume, std::int64_t chunk, std::int64_t channels,
                   const Packed<A>& packed) const {
@@ -101,15 +108,18 @@ struct LargePatch {
     pack_chunk(x, chunk, s.channels, space.own);
     project_queries(projections, s, space.own.data, space.own.pitch, chunks.voxels(chunk),
                     space.attention.a, [] {});
+    space.attention.centers = centers;
   }
 
-  // Calls body(Keys) for all residual voxels of a map.
+  // Calls body(Keys) for all residual voxels of a map, relative to the first one.
   template <typename Body>
   void each_keys(std::int64_t map, Space& space, Body body) const {
     for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) {
       pack_chunk(residual, chunk, s.map_lines, space.maps);
-      body(Keys<A>{{space.maps.data + map * s.map_channels * space.maps.pitch, space.maps.pitch},
-                   chunks.voxels(chunk)});
+      const std::int64_t line = map * s.map_channels, voxels = chunks.voxels(chunk);
+      const Rows<A> keys{space.maps.data + line * space.maps.pitch, space.maps.pitch};
+      center_keys(keys, s.map_channels, voxels, &centers[line]);
+      body(Keys<A>{constant(keys), voxels});
     }
   }
 

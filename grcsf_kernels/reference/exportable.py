@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grcsf_kernels.reference import gcu as gcu_reference
 from grcsf_kernels.reference.interpolation import upsample
-from grcsf_kernels.reference.rcu import Region, regions
+from grcsf_kernels.reference.rcu import Region, centered, regions
 
 # Logits of one chunk for each sample, in values: 256 MiB in float32. A graph has a copy of the
 # attention for every chunk.
@@ -124,9 +124,10 @@ def _rcu(
 def _added(own: Tensor, keys: Tensor, *weights: Tensor) -> Tensor:
     """What attention adds to ``own`` [B, g, i, C]; ``keys`` [B, g, k, j, c]."""
     query_weight, query_bias, value_weight = weights
+    keys, first = centered(keys)
     queries = torch.einsum("bgix,khcx->bgkihc", own, query_weight) + query_bias[:, None]
     logits = queries.flatten(3, 4) @ keys.mT
-    expected = torch.softmax(logits, dim=-1) @ keys
+    expected = torch.softmax(logits, dim=-1) @ keys + first
     expected = expected.unflatten(3, (own.shape[2], query_weight.shape[1]))
     return torch.einsum("bgkihc,kxhc->bgix", expected, value_weight)
 

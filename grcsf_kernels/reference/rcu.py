@@ -87,26 +87,43 @@ def _chunks(own: Tensor, lanes: int) -> Iterator[tuple[slice, slice]]:
             yield slice(window, window + window_step), slice(query, query + query_step)
 
 
-def _attend(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [n, k, i * h, j] and expectations [n, k, i, h, c].
+def centered(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Residual voxels [..., j, c] relative to the first of their patch, and that one [..., 1, c].
 
-    ``queries`` [n, k, i, h, c] are absorbed, ``keys`` [n, k, j, c] are residual voxels.
+    The softmax is the same, but an offset of the map costs its logits no digits.
+    """
+    first = keys[..., :1, :]
+    return keys - first, first
+
+
+def _attend(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [n, k, i * h, j] and expectations [n, k, i, h, c] relative to the first key.
+
+    ``queries`` [n, k, i, h, c] are absorbed, ``keys`` [n, k, j, c] are centered residual voxels.
     """
     logits = queries.flatten(2, 3) @ keys.mT
     attention = torch.softmax(logits, dim=-1)
     return attention, (attention @ keys).view_as(queries)
 
 
-def _added(own: Tensor, keys: Tensor, *weights: Tensor) -> Tensor:
-    """What attention adds to the voxels ``own`` [n, i, C], before the score: y without its bias."""
+def _added(own: Tensor, keys: Tensor, first: Tensor, *weights: Tensor) -> Tensor:
+    """What attention adds to the voxels ``own`` [n, i, C], before the score: y without its bias.
+
+    ``keys`` and ``first`` are those of :func:`centered`.
+    """
     query_weight, query_bias, value_weight = weights
     queries = torch.einsum("nix,khcx->nkihc", own, query_weight) + query_bias[:, None]
     _, expected = _attend(queries.contiguous(), keys)
-    return torch.einsum("nkihc,kxhc->nix", expected, value_weight)
+    return torch.einsum("nkihc,kxhc->nix", expected + first[:, :, None], value_weight)
 
 
 def _flat_maps(residual: Tensor) -> Tensor:
     return residual.flatten(1, 2)
+
+
+def _keys(own_maps: Tensor, maps: int) -> Tensor:
+    """Windows [n, j, K * c] of all maps to [n, K, j, c]."""
+    return own_maps.unflatten(2, (maps, -1)).transpose(1, 2).contiguous()
 
 
 def _means(x: Tensor, residual: Tensor) -> Tensor:
@@ -151,10 +168,11 @@ def forward(
         region_scores = torch.sigmoid(hidden @ score_weight2 + score_bias2)
         scores[region.grid] = region_scores.view(x.shape[0], *region.counts)
 
-        keys = own_maps.unflatten(2, (maps, map_channels)).transpose(1, 2).contiguous()
+        keys, first = centered(_keys(own_maps, maps))
         result = torch.empty_like(own)
         for n, i in _chunks(own, maps * heads):
-            added = _added(own[n, i], keys[n], query_weight, query_bias, value_weight) + constant
+            weights = (query_weight, query_bias, value_weight)
+            added = _added(own[n, i], keys[n], first[n], *weights) + constant
             result[n, i] = own[n, i] + region_scores[n, None, None] * added
         region.put(result.to(x.dtype), out)
     return out, scores
@@ -163,6 +181,7 @@ def forward(
 def _chunk_gradients(
     own: Tensor,
     keys: Tensor,
+    first: Tensor,
     grad: Tensor,
     score: Tensor,
     query_weight: Tensor,
@@ -174,7 +193,8 @@ def _chunk_gradients(
     """What one chunk adds to the gradients of own, score, the four weights and, if asked, keys."""
     queries = torch.einsum("nix,khcx->nkihc", own, query_weight) + query_bias[:, None]
     queries = queries.contiguous()
-    attention, expected = _attend(queries, keys)
+    attention, relative = _attend(queries, keys)
+    expected = relative + first[:, :, None]
     added = torch.einsum("nkihc,kxhc->nix", expected, value_weight) + constant
     grad_score = (grad * added).sum(dim=(1, 2))
 
@@ -182,10 +202,13 @@ def _chunk_gradients(
     grad_value_bias = grad_added.sum(dim=(0, 1)).expand(query_weight.shape[0], -1)
     grad_value_weight = torch.einsum("nix,nkihc->kxhc", grad_added, expected)
     grad_expected = torch.einsum("nix,kxhc->nkihc", grad_added, value_weight).contiguous()
-    level = (grad_expected * expected).sum(dim=-1).flatten(2)[..., None]
-    grad_logits = grad_expected.flatten(2, 3) @ keys.mT
-    grad_logits.sub_(level).mul_(attention)
+    # p_ij (g_i . r_j - sum_j p_ij g_i . r_j), exactly 0 where one key has all the weight.
+    grad_logits = torch.ops.aten._softmax_backward_data(
+        grad_expected.flatten(2, 3) @ keys.mT, attention, -1, attention.dtype
+    )
     grad_queries = (grad_logits @ keys).view_as(queries)
+    # Their sum over j is 0 but for rounding, which is large beside a small covariance.
+    grad_queries -= grad_logits.sum(dim=-1).view(queries.shape[:-1])[..., None] * relative
     gradients = (
         torch.einsum("nkihc,khcx->nix", grad_queries, query_weight),
         grad_score,
@@ -244,7 +267,7 @@ def backward(
         own = region.windows(x).to(dtype)
         own_maps = region.windows(_flat_maps(residual)).to(dtype)
         grad = region.windows(grad_out).to(dtype)
-        keys = own_maps.unflatten(2, (maps, map_channels)).transpose(1, 2).contiguous()
+        keys, first = centered(_keys(own_maps, maps))
         voxels = own.shape[1]
         score = scores[region.grid].reshape(-1)
         grad_score = grad_scores[region.grid].reshape(-1).clone()
@@ -255,6 +278,7 @@ def backward(
             parts = _chunk_gradients(
                 own[n, i],
                 keys[n],
+                first[n],
                 grad[n, i],
                 score[n, None, None],
                 query_weight,

@@ -57,11 +57,11 @@ def image_and_maps(*space):
 
 
 CASES = {
-    # name: module, inputs of two sizes (a second one: compiled with dynamic sizes), dtype
-    "DynUNet 2D": (lambda: CompensatedUNet(dynunet(2), patch_size=4), [joined(16, 16)], None),
-    "units 3D": (Units, [for_units(5, 6, 4), for_units(7, 4, 6)], None),
-    "units 2D": (Units, [for_units(6, 7)], "autocast"),
-    "GRCSF 3D": (grcsf, [image_and_maps(8, 8, 8)], None),
+    # name: module, its inputs, their sizes (a second one: compiled with dynamic sizes), dtype
+    "DynUNet 2D": (lambda: CompensatedUNet(dynunet(2), patch_size=4), joined, [(16, 16)], None),
+    "units 3D": (Units, for_units, [(5, 6, 4), (7, 4, 6)], None),
+    "units 2D": (Units, for_units, [(6, 7)], "autocast"),
+    "GRCSF 3D": (grcsf, image_and_maps, [(8, 8, 8)], None),
 }
 # Of forward and backward; under autocast those of bfloat16, whose step is 4e-3.
 BOUNDS = {None: (2e-5, 2e-4), "autocast": (1e-2, 3e-2)}
@@ -97,7 +97,7 @@ def nothing_kept():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_compiled_module_is_its_float64_self(name):
-    make, sizes, dtype = CASES[name]
+    make, draw, sizes, dtype = CASES[name]
     torch.compiler.reset()
     torch.manual_seed(0)
     module = make()
@@ -105,14 +105,17 @@ def test_a_compiled_module_is_its_float64_self(name):
     several = len(sizes) > 1
     compiled = torch.compile(module, fullgraph=True, dynamic=several or False)
     forward, backward = BOUNDS[dtype]
-    for inputs in sizes:
+    for space in sizes:
+        inputs = draw(*space)
         output, gradients = run(module, compiled, inputs, dtype)
+        _, eager_gradients = run(module, module, inputs, dtype)
         expected, exact_gradients = run(exact, exact, [i.double() for i in inputs], None)
         assert off(output, expected) <= forward
         # Biases before a norm have a gradient that is 0 but for rounding.
         largest = max(g.abs().max() for g in exact_gradients if g is not None)
-        for found, true in zip(gradients, exact_gradients, strict=True):
+        for found, eager, true in zip(gradients, eager_gradients, exact_gradients, strict=True):
             if true is None or true.abs().max() < 1e-6 * largest:
                 assert found is None or found.abs().max() < 1e-3 * largest
                 continue
-            assert off(found, true) <= backward
+            # A gradient of few large terms of either sign is as inexact in eager bfloat16.
+            assert off(found, true) <= max(backward, 2 * off(eager, true) if dtype else 0)

@@ -201,3 +201,65 @@ def test_rcu_nan_in_the_query_of_one_head_leaves_the_gradients_of_others(voxels)
         finite = actual.isfinite()
         assert torch.equal(finite, expected.isfinite())
         torch.testing.assert_close(actual[finite], expected[finite], rtol=1e-4, atol=1e-5)
+
+
+def far_maps(map_channels):
+    """Arguments of rcu with maps and queries of a large common part, and a score of a half."""
+    generator = torch.Generator().manual_seed(0)
+    channels, heads, hidden = 4, 2, 4
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return [
+        randn(2, channels, 3, 5, 4),
+        100 + 0.25 * randn(2, 1, map_channels, 3, 5, 4),
+        randn(1, heads, map_channels, channels),
+        10 + 0.1 * randn(1, heads, map_channels),
+        randn(1, channels, heads, map_channels),
+        randn(1, channels),
+        torch.zeros(hidden, channels + map_channels),
+        torch.zeros(2, hidden),
+        torch.zeros(hidden),
+        torch.zeros(()),
+    ]
+
+
+def results_of_rcu(arguments, dtype, device, patch):
+    """Outputs, and the gradients of x, the maps and the query's and value's weights."""
+    own = [argument.to(device, dtype).requires_grad_() for argument in arguments]
+    outputs = grcsf_kernels.rcu(*own, patch_size=patch)
+    generator = torch.Generator().manual_seed(1)
+    incoming = torch.randn(outputs[0].shape, generator=generator).to(device, dtype)
+    grads = torch.autograd.grad(outputs[0], own[:6], incoming)
+    return [o.detach() for o in (*outputs, *grads)], incoming
+
+
+@of_rcu
+@pytest.mark.parametrize("patch", [2, 3, None])
+@pytest.mark.parametrize("map_channels", [1, 3])
+def test_an_offset_of_the_map_costs_no_digits(backend, device, patch, map_channels):
+    """Logits of 1,000 that differ by about 10: what is common to all of a patch weighs nothing."""
+    arguments = far_maps(map_channels)
+    with grcsf_kernels.use_backend("reference"):
+        exact, _ = results_of_rcu(arguments, torch.float64, "cpu", patch)
+    with grcsf_kernels.use_backend(backend):
+        found, _ = results_of_rcu(arguments, torch.float32, device, patch)
+    for index, (one, two) in enumerate(zip(found, exact, strict=True)):
+        # Products of Triton have the digits of TF32 on some GPUs.
+        bound = 3e-5 if device == "cpu" else 2e-3
+        error = (one.double().cpu() - two).norm() / two.norm()
+        assert error <= bound, f"result {index}"
+
+
+@of_rcu
+@pytest.mark.parametrize("patch", [3, None])
+@pytest.mark.parametrize("map_channels", [1, 3])
+def test_queries_that_choose_one_voxel_have_no_gradient(backend, device, patch, map_channels):
+    """Softmax has no slope there, so x has the gradient of out, to the last digits."""
+    arguments = far_maps(map_channels)
+    arguments[1] *= 20
+    arguments[3] *= 200
+    with grcsf_kernels.use_backend(backend):
+        found, incoming = results_of_rcu(arguments, torch.float64, device, patch)
+    torch.testing.assert_close(found[2], incoming, rtol=1e-12, atol=1e-12)
