@@ -4,8 +4,8 @@
 //
 // Queries lie across the lanes of a vector and keys are broadcast, so that nothing is reduced
 // across lanes and the order of every sum is fixed. Rows are packed: `c` rows a head, `pitch`
-// apart. Keys are taken relative to the first voxel of the patch, so that an offset of the map costs
-// no digits of the logits and a constant map is exact.
+// apart. Keys are taken relative to the first voxel of the patch, so that an offset of the map
+// costs no digits of the logits and a constant map is exact.
 #pragma once
 
 #include <algorithm>

@@ -371,8 +371,8 @@ void expect(const Sizes& s, const Vector<Table<A>>& tables, std::int64_t voxels,
   const std::int64_t whole = whole_vectors<A>(voxels);
   for (std::int64_t head = 0; head < s.maps * s.heads; ++head) {
     if (tables[head].last >= 0) {
-      look_up<A, 1>(tables[head], own.a[head], whole, {tables[head].splines.mean},
-                    {own.mean[head]}, tables[head].middle);
+      look_up<A, 1>(tables[head], own.a[head], whole, {tables[head].splines.mean}, {own.mean[head]},
+                    tables[head].middle);
       continue;
     }
     const Softmax<A> state{own.greatest, own.total, head_rows(own.mean, s, head)};

@@ -151,7 +151,7 @@ def forward(
     patch_size: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """``(out, scores)``; see :func:`grcsf_kernels.rcu`."""
-    maps, heads, map_channels, _ = query_weight.shape
+    maps, heads, _, _ = query_weight.shape
     dtype = query_weight.dtype
     space = x.shape[2:]
     out = torch.empty_like(x)
@@ -247,7 +247,7 @@ def backward(
     :math:`\partial a_i = \sum_j \partial l_{ij} r_j` and
     :math:`\partial r_j = \sum_i \partial l_{ij} a_i + p_{ij} g_i`. The attention is computed again.
     """
-    maps, heads, map_channels, channels = query_weight.shape
+    maps, heads, _, channels = query_weight.shape
     dtype = query_weight.dtype
     batch, space = x.shape[0], x.shape[2:]
     needs_residual = needs[1]
