@@ -30,11 +30,17 @@ struct Rows {
 
 // The softmax of the queries so far: the greatest logit, sum exp(logit - greatest), and E, relative
 // to the center of the keys, as a sum.
+//
+// Backward also has `level`, reach . E for the gradient `reach` of E, and `rest`: what the rounded
+// level is short of sum p (reach . r). Gradients hold p_j (reach . r_j - level), which is next to
+// nothing where one key has nearly all the weight, and would be all rounding without it.
 template <typename A>
 struct Softmax {
   A* greatest;
   A* total;
   Rows<A> mean;
+  A* level = nullptr;
+  A* rest = nullptr;
 };
 
 // Residual voxels, about their center: `count` of them in c rows.
@@ -170,16 +176,16 @@ void level_of(const Rows<const A>& grad, const Rows<const A>& mean, std::int64_t
   }
 }
 
-// Adds what a chunk of keys gives to the gradient of the queries:
-// sum over j of p_j (grad . r_j - level) (r_j - E), p from the finished softmax. Without E the sum
-// would be the same but for the rounding of the level, which is large beside a small covariance.
+// Adds what a chunk of keys gives to the gradient of the queries, where `out` has rows:
+// sum over j of p_j (reach . r_j - level) (r_j - E), p from the finished softmax; and to its rest.
+// Without E the sum would be the same but for the rounding of the level.
 template <typename A>
-void add_query_gradient(const Rows<const A>& queries, const Rows<const A>& grad, const A* level,
+void add_query_gradient(const Rows<const A>& queries, const Rows<const A>& grad,
                         std::int64_t channels, std::int64_t voxels, const Keys<A>& keys,
                         const Softmax<A>& state, const Rows<A>& out) {
   for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
     const Vec<A> greatest = load(state.greatest + v), inverse = load(state.total + v);
-    const Vec<A> base = load(level + v);
+    const Vec<A> level = load(state.level + v);
     by_pieces(keys.count, [&](std::int64_t first, std::int64_t count) {
       Vec<A> weight[keys_summed], total{};
       by_keys(count, [&](std::int64_t key, auto many) {
@@ -189,11 +195,12 @@ void add_query_gradient(const Rows<const A>& queries, const Rows<const A>& grad,
         logits<A, N>(queries, keys.rows, channels, v, first + key, own);
         logits<A, N>(grad, keys.rows, channels, v, first + key, reach);
         for (int j = 0; j < N; ++j) {
-          own[j] = exp_of<A>(own[j] - greatest) * inverse * (reach[j] - base);
+          own[j] = exp_of<A>(own[j] - greatest) * inverse * (reach[j] - level);
           total += own[j];
         }
       });
-      for (std::int64_t c = 0; c < channels; ++c) {
+      store(load(state.rest + v) + total, state.rest + v);
+      for (std::int64_t c = 0; c < channels && out.data != nullptr; ++c) {
         const Vec<A> sum = weighted_sum<A>(weight, keys.rows[c], first, count);
         store(load(out[c] + v) + (sum - total * load(state.mean[c] + v)), out[c] + v);
       }
@@ -202,9 +209,9 @@ void add_query_gradient(const Rows<const A>& queries, const Rows<const A>& grad,
 }
 
 // Adds what a chunk of queries gives to the gradient of the keys, which lie across the lanes here:
-// sum over i of p_i (grad_i + (grad_i . r - level_i) a_i).
+// sum over i of p_i (reach_i + (reach_i . r - level_i - rest_i) a_i).
 template <typename A>
-void add_key_gradient(const Rows<const A>& queries, const Rows<const A>& grad, const A* level,
+void add_key_gradient(const Rows<const A>& queries, const Rows<const A>& grad,
                       std::int64_t channels, std::int64_t count, const Softmax<A>& state,
                       const Rows<const A>& keys, std::int64_t voxels, const Rows<A>& out) {
   for (std::int64_t v = 0; v < voxels; v += lanes<A>) {
@@ -215,9 +222,9 @@ void add_key_gradient(const Rows<const A>& queries, const Rows<const A>& grad, c
         logits<A, N>(keys, queries, channels, v, first + query, weight + query);
         logits<A, N>(keys, grad, channels, v, first + query, reach + query);
         for (std::int64_t i = query; i < query + N; ++i) {
-          const A* greatest = state.greatest + first;
-          weight[i] = exp_of<A>(weight[i] - greatest[i]) * state.total[first + i];
-          reach[i] = weight[i] * (reach[i] - level[first + i]);
+          const std::int64_t at = first + i;
+          weight[i] = exp_of<A>(weight[i] - state.greatest[at]) * state.total[at];
+          reach[i] = weight[i] * ((reach[i] - state.level[at]) - state.rest[at]);
         }
       });
       for (std::int64_t c = 0; c < channels; ++c) {

@@ -124,9 +124,9 @@ struct Backward {
   void add_head(Attention<A>& own, const Table<A>& table, std::int64_t head, std::int64_t voxels,
                 const MapNodes& nodes, double* sums) const {
     look_up<A, 2>(table, own.a[head], voxels, {table.splines.log, table.splines.mean},
-                  {own.level, own.total});
-    add_reaching(Reaching<A>{own.a[head], own.reach[head], own.total, own.level}, voxels, nodes,
-                 own.space.weights, sums);
+                  {own.level[head], own.total[head]});
+    add_reaching(Reaching<A>{own.a[head], own.reach[head], own.total[head], own.level[head]},
+                 voxels, nodes, own.space.weights, sums);
   }
 
   // By a table over r; false where that would not pay.
@@ -151,18 +151,24 @@ struct Backward {
     return true;
   }
 
+  // The finished softmax of a head that attend_backward() is through with.
+  template <typename EachKeys>
+  Softmax<A> finished(const Attention<A>& own, const Table<A>& table, std::int64_t head,
+                      std::int64_t whole, EachKeys each_keys) const {
+    if (table.last >= 0) return softmax_backward(own, s, head, whole, Rows<A>{}, each_keys);
+    return softmax_of(own, s, head);
+  }
+
   // By the sum over queries.
-  void sum_map(Attention<A>& own, const Rows<A>& keys, std::int64_t head, std::int64_t voxels,
+  void sum_map(const Attention<A>& own, const Rows<A>& keys, std::int64_t head, std::int64_t voxels,
                const Rows<A>& out) const {
     const std::int64_t whole = whole_vectors<A>(voxels), c = s.map_channels;
-    const Softmax<A> state{own.greatest, own.total, head_rows(own.mean, s, head)};
-    const Rows<const A> queries = constant(head_rows(own.a, s, head));
-    const Rows<const A> reach = constant(head_rows(own.reach, s, head));
-    start_softmax<A>(c, whole, state);
-    add_keys<A>(queries, c, whole, Keys<A>{constant(keys), voxels}, state);
-    end_softmax<A>(c, whole, state);
-    level_of<A>(reach, constant(state.mean), c, whole, own.level);
-    add_key_gradient<A>(queries, reach, own.level, c, voxels, state, constant(keys), whole, out);
+    const Softmax<A> state =
+        finished(own, own.tables[head], head, whole,
+                 [&](std::int64_t, auto body) { body(Keys<A>{constant(keys), voxels}); });
+    add_key_gradient<A>(constant(head_rows(own.a, s, head)),
+                        constant(head_rows(own.reach, s, head)), c, voxels, state, constant(keys),
+                        whole, out);
   }
 
   void finish_map_gradient(const double* grad_means, double score, std::int64_t whole,
@@ -324,8 +330,8 @@ struct Backward {
                  });
   }
 
-  // For heads whose maps have no table: greatest logit, inverse total and level of every query,
-  // [head][3][V]. Empty where all have one.
+  // For heads whose maps have no table: greatest logit, inverse total, level and rest of every
+  // query, [head][4][V]. Empty where all have one.
   template <typename Attend>
   Vector<A> large_softmax(const LargePatch<T>& large, const Vector<Table<A>>& tables,
                           const Attend& attend) const {
@@ -333,31 +339,25 @@ struct Backward {
     const std::int64_t all = chunks.box.voxels();
     bool direct = false;
     for (const Table<A>& table : tables) direct = direct || table.last < 0;
-    Vector<A> state(direct ? s.maps * s.heads * 3 * all : 0);
+    Vector<A> state(direct ? s.maps * s.heads * 4 * all : 0);
     if (!direct) return state;
     parallel_for(
         chunks.count, arguments.threads, [&](std::int64_t begin, std::int64_t end, int thread) {
           auto& space = large.spaces[thread];
           Attention<A>& own = space.attention;
           for (std::int64_t chunk = begin; chunk < end; ++chunk) {
-            const std::int64_t voxels = chunks.voxels(chunk), c = s.map_channels;
-            const std::int64_t whole = whole_vectors<A>(voxels);
+            const std::int64_t voxels = chunks.voxels(chunk);
             attend(chunk, space);
             for (std::int64_t head = 0; head < s.maps * s.heads; ++head) {
               if (tables[head / s.heads].last >= 0) continue;
-              const Softmax<A> softmax{own.greatest, own.total, head_rows(own.mean, s, head)};
-              const Rows<const A> queries = constant(head_rows(own.a, s, head));
-              start_softmax<A>(c, whole, softmax);
-              large.each_keys(head / s.heads, space, [&](const Keys<A>& keys) {
-                add_keys<A>(queries, c, whole, keys, softmax);
-              });
-              end_softmax<A>(c, whole, softmax);
-              level_of<A>(constant(head_rows(own.reach, s, head)), constant(softmax.mean), c, whole,
-                          own.level);
-              A* to = &state[head * 3 * all + chunk * chunks.most_voxels()];
-              std::copy_n(own.greatest, voxels, to);
-              std::copy_n(own.total, voxels, to + all);
-              std::copy_n(own.level, voxels, to + 2 * all);
+              const Softmax<A> softmax =
+                  finished(own, large.tables[head], head, whole_vectors<A>(voxels),
+                           [&](std::int64_t map, auto body) { large.each_keys(map, space, body); });
+              A* to = &state[head * 4 * all + chunk * chunks.most_voxels()];
+              for (const A* row : {softmax.greatest, softmax.total, softmax.level, softmax.rest}) {
+                std::copy_n(row, voxels, to);
+                to += all;
+              }
             }
           }
         });
@@ -389,11 +389,11 @@ struct Backward {
       for (std::int64_t head = 0; head < s.maps * s.heads; ++head) {
         const std::int64_t k = head / s.heads;
         if (tables[k].last >= 0) continue;
-        A* from = const_cast<A*>(&state[head * 3 * all + other * chunks.most_voxels()]);
-        const Softmax<A> softmax{from, from + all, {nullptr, 0}};
+        A* from = const_cast<A*>(&state[head * 4 * all + other * chunks.most_voxels()]);
+        const Softmax<A> softmax{from, from + all, {}, from + 2 * all, from + 3 * all};
         const Rows<const A> own_keys{keys.data + k * c * keys.pitch, keys.pitch};
         add_key_gradient<A>(constant(head_rows(space.attention.a, s, head)),
-                            constant(head_rows(space.attention.reach, s, head)), from + 2 * all, c,
+                            constant(head_rows(space.attention.reach, s, head)), c,
                             chunks.voxels(other), softmax, own_keys, whole,
                             {out[k * c], out.pitch});
       }

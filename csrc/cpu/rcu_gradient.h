@@ -83,6 +83,33 @@ class SegmentSums {
   Vector<double> sums_;
 };
 
+template <typename A>
+Softmax<A> softmax_of(const Attention<A>& own, const Sizes& s, std::int64_t head) {
+  return {own.greatest[head], own.total[head], head_rows(own.mean, s, head), own.level[head],
+          own.rest[head]};
+}
+
+// The softmax of a head with all that its gradients need, and the gradient of the queries added to
+// `slope` where that has rows.
+template <typename A, typename EachKeys>
+Softmax<A> softmax_backward(const Attention<A>& own, const Sizes& s, std::int64_t head,
+                            std::int64_t whole, const Rows<A>& slope, EachKeys each_keys) {
+  const Softmax<A> state = softmax_of(own, s, head);
+  const Rows<const A> queries = constant(head_rows(own.a, s, head));
+  const Rows<const A> reach = constant(head_rows(own.reach, s, head));
+  const std::int64_t c = s.map_channels;
+  start_softmax<A>(c, whole, state);
+  each_keys(head / s.heads,
+            [&](const Keys<A>& keys) { add_keys<A>(queries, c, whole, keys, state); });
+  end_softmax<A>(c, whole, state);
+  level_of<A>(reach, constant(state.mean), c, whole, state.level);
+  std::fill_n(state.rest, whole, A(0));
+  each_keys(head / s.heads, [&](const Keys<A>& keys) {
+    add_query_gradient<A>(queries, reach, c, whole, keys, state, slope);
+  });
+  return state;
+}
+
 // E, its gradient `reach` = value_weight^T grad and the gradient `slope` of the queries for a chunk
 // of queries; both gradients before they are multiplied by the score.
 template <typename A, typename EachKeys>
@@ -106,20 +133,9 @@ void attend_backward(const Projections<A>& projections, const Sizes& s,
       }
       continue;
     }
-    const Softmax<A> state{own.greatest, own.total, head_rows(own.mean, s, head)};
-    const Rows<A> queries = head_rows(own.a, s, head), reach = head_rows(own.reach, s, head);
     const Rows<A> slope = head_rows(own.slope, s, head);
-    start_softmax<A>(s.map_channels, whole, state);
-    each_keys(head / s.heads, [&](const Keys<A>& keys) {
-      add_keys<A>(constant(queries), s.map_channels, whole, keys, state);
-    });
-    end_softmax<A>(s.map_channels, whole, state);
-    level_of<A>(constant(reach), constant(state.mean), s.map_channels, whole, own.level);
     for (std::int64_t c = 0; c < s.map_channels; ++c) std::fill_n(slope[c], whole, A(0));
-    each_keys(head / s.heads, [&](const Keys<A>& keys) {
-      add_query_gradient<A>(constant(queries), constant(reach), own.level, s.map_channels, whole,
-                            keys, state, slope);
-    });
+    const Softmax<A> state = softmax_backward(own, s, head, whole, slope, each_keys);
     add_center(state.mean, s.map_channels, whole, center_of(own, s, head));
   }
 }

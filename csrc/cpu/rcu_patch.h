@@ -239,9 +239,10 @@ Table<A> build_table(const A* r, std::int64_t voxels, const Nodes& nodes, const 
 // What a thread needs to attend with one chunk of queries.
 template <typename A>
 struct Attention {
-  Rows<A> a, mean;       // [lines]: queries and E
-  Rows<A> reach, slope;  // [lines], backward: gradient of E and of the queries, before the score
-  A *greatest, *total, *level;
+  Rows<A> a, mean;          // [lines]: queries and E
+  Rows<A> reach, slope;     // [lines], backward: gradient of E and of the queries, before the score
+  Rows<A> greatest, total;  // of the softmax: forward one row, backward one a head
+  Rows<A> level, rest;      // one a head, backward
   TableSpace<A> space;
   Vector<Moments> moments;
   Vector<Nodes> nodes;
@@ -258,7 +259,11 @@ struct Attention {
     for (Rows<A>* rows : {&reach, &slope}) {
       *rows = {backward ? carver.take(s.lines * pitch) : nullptr, pitch};
     }
-    for (A** row : {&greatest, &total, &level}) *row = carver.take(voxels);
+    const std::int64_t heads = backward ? s.maps * s.heads : 1;
+    for (Rows<A>* rows : {&greatest, &total}) *rows = {carver.take(heads * pitch), pitch};
+    for (Rows<A>* rows : {&level, &rest}) {
+      *rows = {backward ? carver.take(heads * pitch) : nullptr, pitch};
+    }
     space.carve(carver, s, voxels, most, wanted);
     if (carver.base == nullptr) return;
     moments.resize(most);
@@ -375,7 +380,7 @@ void expect(const Sizes& s, const Vector<Table<A>>& tables, std::int64_t voxels,
                     tables[head].middle);
       continue;
     }
-    const Softmax<A> state{own.greatest, own.total, head_rows(own.mean, s, head)};
+    const Softmax<A> state{own.greatest[0], own.total[0], head_rows(own.mean, s, head)};
     const Rows<const A> queries = constant(head_rows(own.a, s, head));
     start_softmax<A>(s.map_channels, whole, state);
     each_keys(head / s.heads, [&](const Keys<A>& keys) {

@@ -202,13 +202,13 @@ def _chunk_gradients(
     grad_value_bias = grad_added.sum(dim=(0, 1)).expand(query_weight.shape[0], -1)
     grad_value_weight = torch.einsum("nix,nkihc->kxhc", grad_added, expected)
     grad_expected = torch.einsum("nix,kxhc->nkihc", grad_added, value_weight).contiguous()
-    # p_ij (g_i . r_j - sum_j p_ij g_i . r_j), exactly 0 where one key has all the weight.
+    # p_ij (g_i . r_j - sum_j p_ij g_i . r_j): their sum over j is 0 but for the rounding of the
+    # inner sum, which is large beside them where one key has nearly all the weight.
     grad_logits = torch.ops.aten._softmax_backward_data(
         grad_expected.flatten(2, 3) @ keys.mT, attention, -1, attention.dtype
     )
+    grad_logits -= attention * grad_logits.sum(dim=-1, keepdim=True)
     grad_queries = (grad_logits @ keys).view_as(queries)
-    # Their sum over j is 0 but for rounding, which is large beside a small covariance.
-    grad_queries -= grad_logits.sum(dim=-1).view(queries.shape[:-1])[..., None] * relative
     gradients = (
         torch.einsum("nkihc,khcx->nix", grad_queries, query_weight),
         grad_score,
