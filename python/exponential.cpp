@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Binding of the vectors' exponential, for the tests.
-#include "cpu/exponential.h"
+#include "cpu/simd/exponential.h"
 
 #include "bindings.h"
 #include "dlpack.h"

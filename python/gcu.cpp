@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bindings of gcu.
 
-#include "cpu/gcu.h"
+#include "cpu/gcu/gcu.h"
 #include "bindings.h"
 #include "call.h"
-#include "cuda/gcu.h"
+#include "cuda/gcu/gcu.h"
 #include "dlpack.h"
 
 namespace py = pybind11;

@@ -5,10 +5,10 @@
 
 #include <pybind11/stl.h>
 
-#include "common/parallel.h"
-#include "cpu/isa.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/isa.h"
 #ifdef GRCSF_HAVE_CUDA
-#include "cuda/device_info.h"
+#include "cuda/runtime/device_info.h"
 #endif
 
 namespace py = pybind11;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tensors of pooled memory, as DLPack capsules that own it.
-#include "common/pool.h"
+#include "cpu/runtime/pool.h"
 
 #include <pybind11/stl.h>
 

@@ -7,8 +7,8 @@
 
 #include "bindings.h"
 #include "call.h"
-#include "cpu/rcu.h"
-#include "cuda/rcu.h"
+#include "cpu/rcu/rcu.h"
+#include "cuda/rcu/rcu.h"
 #include "dlpack.h"
 
 namespace py = pybind11;

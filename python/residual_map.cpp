@@ -6,8 +6,8 @@
 
 #include "bindings.h"
 #include "call.h"
-#include "cpu/residual_map.h"
-#include "cuda/residual_map.h"
+#include "cpu/residual_map/residual_map.h"
+#include "cuda/residual_map/residual_map.h"
 #include "dlpack.h"
 
 namespace py = pybind11;

@@ -286,7 +286,7 @@ def test_no_folder_of_tests_passes_for_a_package():
         ("no-fast-math", "CMakeLists.txt", "set(CMAKE_CUDA_FLAGS --use_fast_math)"),
         ("no-fast-math", "setup.py", 'flags = ["-march=native"]'),
         ("lazy-triton", "grcsf_kernels/dispatch.py", "import triton"),
-        ("torch-free-kernels", "csrc/cpu/gcu.cpp", "#include <ATen/Tensor.h>"),
+        ("torch-free-kernels", "csrc/cpu/gcu/forward.cpp", "#include <ATen/Tensor.h>"),
         ("no-pickle", "grcsf_kernels/engine/cache.py", "pickle.loads(data)"),
     ],
 )

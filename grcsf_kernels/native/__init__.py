@@ -123,7 +123,7 @@ _DLPACK_TYPES = {
 def result_like(tensor: Tensor) -> Tensor:
     """An uninitialized tensor of this shape, dtype and layout, for a result.
 
-    Large ones on CPU come from a pool (``csrc/common/pool.h``): clearing fresh pages takes as long
+    Large ones on CPU come from a pool (``csrc/cpu/runtime/pool.h``): clearing fresh pages takes as long
     as computing what goes there. ``GRCSF_RESULT_POOL=0`` switches it off.
     """
     module = library()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA on the CPU, for tests: what csrc/cuda/device.cuh and launch.cuh need to compile kernels as
+// CUDA on the CPU, for tests: what csrc/cuda/runtime/device.cuh and launch.cuh need to compile kernels as
 // C++.
 //
 // A block runs at a time, every thread of it as a fibre that keeps going until it waits for others.
@@ -105,7 +105,7 @@ A shuffle(A value, int source, const Where& where) {
   return value;
 }
 
-// d += a b of tensor cores (csrc/cuda/tensor_core.cuh): a lane's four values of d and of a, and its
+// d += a b of tensor cores (csrc/cuda/runtime/tensor_core.cuh): a lane's four values of d and of a, and its
 // two of b. The low 13 bits of a and b do not count.
 void multiply_add(float* d, const float* a, float b0, float b1, const Where& where);
 

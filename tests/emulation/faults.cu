@@ -2,7 +2,7 @@
 // Kernels with one fault each: what the emulation must report. test_faults.py runs them.
 #include "faults.h"
 
-#include "cuda/launch.cuh"
+#include "cuda/runtime/launch.cuh"
 
 namespace grcsf {
 namespace cuda {

@@ -48,8 +48,8 @@ class Planted:
 FAULTS = [
     Planted(
         "a missing barrier",
-        "residual_map.cu",
-        "residual_map.cu",
+        "residual_map/residual_map.cu",
+        "residual_map/residual_map.cu",
         "  sync_block();  // `space` is free again\n",
         "",
         "residual_map",
@@ -57,8 +57,8 @@ FAULTS = [
     ),
     Planted(
         "one value too many at the end of the last patch",
-        "residual_map.cu",
-        "residual_map.cu",
+        "residual_map/residual_map.cu",
+        "residual_map/residual_map.cu",
         "i < share.end; i += m.lanes * N) {\n    const std::int64_t place = place_of(m, i);",
         "i <= share.end; i += m.lanes * N) {\n    const std::int64_t place = place_of(m, i);",
         "residual_map",
@@ -66,8 +66,8 @@ FAULTS = [
     ),
     Planted(
         "a wrong stride",
-        "residual_map.cu",
-        "residual_map.cu",
+        "residual_map/residual_map.cu",
+        "residual_map/residual_map.cu",
         "const std::int64_t start = z * m.stride_d + y * m.stride_h;",
         "const std::int64_t start = z * m.stride_h + y * m.stride_h;",
         "residual_map",
@@ -75,8 +75,8 @@ FAULTS = [
     ),
     Planted(
         "a deep voxel beyond the end of its axis",
-        "gcu.cu",
-        "gcu_axis.cuh",
+        "gcu/forward.cu",
+        "gcu/axis.cuh",
         "position.step = low < axis.deep - 1 ? 1 : 0;",
         "position.step = low < axis.deep ? 1 : 0;",
         "gcu",
@@ -84,8 +84,8 @@ FAULTS = [
     ),
     Planted(
         "an edge patch as large as the others",
-        "rcu.cu",
-        "rcu_problem.cuh",
+        "rcu/forward.cu",
+        "rcu/problem.cuh",
         "box.width = least(m.patch_w, m.width - w);",
         "box.width = m.patch_w;",
         "rcu",
@@ -93,8 +93,8 @@ FAULTS = [
     ),
     Planted(
         "a tile that is fetched while lanes still read the last one",
-        "rcu_patch_backward.cu",
-        "rcu_patch_backward.cu",
+        "rcu/small_patch/backward.cu",
+        "rcu/small_patch/backward.cu",
         "  sync_warp();  // lanes are done with the tile of x\n",
         "",
         "rcu and rows_of_whole_vectors",
@@ -116,7 +116,7 @@ def compiled(fault: Planted, build: Path, folder: Path) -> Path:
     include = [f"-I{folder / 'csrc'}", f"-I{ROOT / 'tests/emulation'}"]
     kernel = ["-x", "c++", "-c", str(folder / "csrc/cuda" / fault.kernel), "-o", str(built)]
     subprocess.run([compiler, *FLAGS.split(), *SANITIZERS.split(), *include, *kernel], check=True)
-    others = [o for o in build.rglob("*.o") if o.name != f"{fault.kernel}.o"]
+    others = [o for o in build.rglob("*.o") if not o.match(f"csrc/cuda/{fault.kernel}.o")]
     plan = (build / "build.ninja").read_text()  # not what an earlier build left behind
     objects = [str(o) for o in others if str(o.relative_to(build)) in plan]
     module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -9,10 +9,10 @@
 #include <thread>
 #include <vector>
 
-#include "common/parallel.h"
-#include "cpu/gcu.h"
-#include "cpu/rcu.h"
-#include "cpu/residual_map.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/gcu/gcu.h"
+#include "cpu/rcu/rcu.h"
+#include "cpu/residual_map/residual_map.h"
 
 namespace grcsf {
 

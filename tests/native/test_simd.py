@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vectors' own exponential (``csrc/cpu/simd.h``), for every instruction set."""
+"""The vectors' own exponential (``csrc/cpu/simd/simd.h``), for every instruction set."""
 
 from __future__ import annotations
 
