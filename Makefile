@@ -67,7 +67,7 @@ study: $(VENV)/.installed
 
 # On a machine with a GPU and no network, in the environment that is there: no environment is made.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(CHECK)
+	$(PYTHON) -m benchmarks.gpu.check $(if $(OUT),--out $(OUT)) $(CHECK)
 
 # The site, from docs/, the docstrings and the commands: build/site/index.html.
 docs: $(VENV)/.installed
@@ -77,6 +77,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 # What is loaded late has types too.
 	$(BIN)/mypy --config-file= --ignore-missing-imports --follow-imports=silent -c "import grcsf_kernels; unit: grcsf_kernels.nn.GCU = grcsf_kernels.nn.GCU(4)"
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)

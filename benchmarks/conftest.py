@@ -16,8 +16,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import grcsf_kernels
-from benchmarks import measure, results
-from benchmarks.harness import Absent, Row, Session
+from benchmarks.harness import measure, results
+from benchmarks.harness.rows import Absent, Row, Session
 
 _DIRECTIONS = {False: "forward", True: "training"}
 _SESSION = pytest.StashKey[Session]()

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from grcsf_kernels import engine
-from grcsf_kernels.engine.checkpoint import save_checkpoint
 from grcsf_kernels.models import GRCSF, MaskedAutoencoder
+from grcsf_kernels.models.files import save_checkpoint
 
 _CHILD = """
 import json, resource, sys

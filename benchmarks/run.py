@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results
+from benchmarks.harness import results
 
 SUITES = ("residual_map", "gcu", "rcu", "nn", "model", "scaling")
 # "python -m pytest" would put the checkout before an installed package.
@@ -32,7 +32,7 @@ def run_suite(suite: str, out: Path, arguments: list[str], timeout: float | None
     path = out / f"{suite}.json"
     temporary = out / f".{os.getpid()}.{suite}.json"
     command = [
-        *(*PYTEST, f"benchmarks/bench_{suite}.py", "-q", "--no-header"),
+        *(*PYTEST, f"benchmarks/suites/bench_{suite}.py", "-q", "--no-header"),
         *("--benchmark-columns=min,median,iqr,rounds", f"--benchmark-json={temporary}"),
         *arguments,
     ]
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
     subprocess.run([sys.executable, "-m", "benchmarks.report", str(out)], cwd=_ROOT, check=False)
     for suite, problem in failed.items():
-        sys.stderr.write(f"benchmarks/bench_{suite}.py: {problem}\n")
+        sys.stderr.write(f"benchmarks/suites/bench_{suite}.py: {problem}\n")
     return 1 if failed else 0
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs an operator, and why another one does not.
 
-A backend is a room of the package (``reference``, ``native`` for ``cpu`` and ``cuda``, ``triton``)
-that says what it can run. One predicate, :func:`why_not`, is read by the automatic choice, by the
+Each backend is a subpackage (``reference``, ``native`` for ``cpu`` and ``cuda``, ``triton``) that
+says what it can run. One predicate, :func:`why_not`, is read by the automatic choice, by the
 error of an explicit choice and by :func:`backends`, so that the three can never disagree.
 """
 
@@ -25,19 +25,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-OPERATORS = ("residual_map", "gcu", "rcu")
+from grcsf_kernels.common.backends import BACKENDS, EMULATED, OPERATORS
 
-# The CUDA kernels on CPU tensors, in a build for tests: can be asked for, is never chosen.
-EMULATED = "cuda-emulated"
+__all__ = [
+    "BACKENDS",
+    "EMULATED",
+    "OPERATORS",
+    "BackendStatus",
+    "asked",
+    "automatic",
+    "backends",
+    "chosen",
+    "implementation",
+    "measured_preferences",
+    "select",
+    "use_backend",
+    "why_not",
+]
 
-_ROOMS = {
+_PACKAGES = {
     "reference": "reference",
     "cpu": "native",
     "triton": "triton",
     "cuda": "native",
     EMULATED: "native",
 }
+_PREFERENCES = Path(__file__).with_name("backend_preferences.json")
 _PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
@@ -75,8 +88,8 @@ class BackendStatus:
         return self.available
 
 
-def _room(backend: str) -> ModuleType:
-    return importlib.import_module(f"grcsf_kernels.{_ROOMS[backend]}")
+def _package(backend: str) -> ModuleType:
+    return importlib.import_module(f"grcsf_kernels.{_PACKAGES[backend]}")
 
 
 def why_not(backend: str, operator: str | None = None, device_type: str | None = None) -> str:
@@ -87,14 +100,14 @@ def why_not(backend: str, operator: str | None = None, device_type: str | None =
         operator: one of ``OPERATORS``; without it, whether the backend can run anything.
         device_type: the type of the tensors' device, such as ``"cuda"``; without it, any.
     """
-    room = _room(backend)
-    reason = room.why_not(backend)
+    package = _package(backend)
+    reason = package.why_not(backend)
     if reason:
         return reason
-    devices = room.device_types(backend)
+    devices = package.device_types(backend)
     if device_type is not None and devices is not None and device_type not in devices:
         return f"it runs on {' and '.join(devices)} tensors, and these are on {device_type}"
-    operators = room.operators(backend)
+    operators = package.operators(backend)
     if operator is None:
         return "" if operators else "this version of the library has no kernels for it yet"
     if operator not in operators:
@@ -113,13 +126,13 @@ def backends() -> dict[str, BackendStatus]:
     found = {}
     for backend in BACKENDS:
         reason = why_not(backend)
-        operators = () if reason else tuple(_room(backend).operators(backend))
+        operators = () if reason else tuple(_package(backend).operators(backend))
         found[backend] = BackendStatus(not reason, reason, operators)
     return found
 
 
 def _check_name(name: str, where: str) -> None:
-    if name not in _ROOMS:
+    if name not in _PACKAGES:
         raise ValueError(f"{where} names backend {name!r}, expected one of {', '.join(BACKENDS)}")
 
 
@@ -229,13 +242,14 @@ def select(operator: str, device_type: str, data: Tensor | None = None) -> str:
 
 
 @cache
-def evidence() -> tuple[dict[str, Any], ...]:
-    """What was measured to be faster on ``triton`` than on ``cuda``: rows of ``evidence.json``.
+def measured_preferences() -> tuple[dict[str, Any], ...]:
+    """What was measured to be faster on ``triton`` than on ``cuda``: rows of
+    ``backend_preferences.json``.
 
     Each row names operator, dtype, a range of voxels of one sample, and the committed results that
-    it comes from; ``benchmarks/evidence.py`` writes them.
+    it comes from; ``benchmarks/gpu/preferences.py`` writes them.
     """
-    return tuple(json.loads(Path(__file__).with_name("evidence.json").read_text())["rows"])
+    return tuple(json.loads(_PREFERENCES.read_text())["rows"])
 
 
 def _faster_on_triton(operator: str, data: Tensor) -> bool:
@@ -243,7 +257,7 @@ def _faster_on_triton(operator: str, data: Tensor) -> bool:
         row["operator"] == operator
         and row["dtype"] == str(data.dtype).removeprefix("torch.")
         and row["voxels"][0] <= data.shape[2:].numel() < row["voxels"][1]
-        for row in evidence()
+        for row in measured_preferences()
     )
 
 
@@ -264,4 +278,4 @@ def automatic(operator: str, device_type: str, data: Tensor | None = None) -> tu
 def implementation(operator: str, data: Tensor) -> ModuleType:
     """The module with ``forward`` and ``backward`` of ``operator`` for its first argument."""
     backend = select(operator, data.device.type, data)
-    return importlib.import_module(f"grcsf_kernels.{_ROOMS[backend]}.{operator}")
+    return importlib.import_module(f"grcsf_kernels.{_PACKAGES[backend]}.{operator}")

@@ -251,7 +251,7 @@ def test_a_function_that_instruction_sets_share_ends_the_build(tmp_path):
     """The linker takes one copy of it, of AVX-512 perhaps, for every processor."""
     source = tmp_path / "kernel.cpp"
     source.write_text(
-        '#include "cpu/vector.h"\n'
+        '#include "cpu/runtime/vector.h"\n'
         "namespace grcsf::avx512 {\n"
         "void one(VECTOR<double>& v) { v.resize(v.size() + 3), v.resize(v.size() + 4); }\n"
         "void two(VECTOR<double>& v) { v.resize(v.size() + 5), v.resize(v.size() + 6); }\n"
@@ -263,7 +263,7 @@ def test_a_function_that_instruction_sets_share_ends_the_build(tmp_path):
         made = run(["g++", *options, str(source), "-o", str(tmp_path / "kernel.o")])
         assert made.returncode == 0, made.stdout
         check = ["-DNM=nm", "-DISA=avx512", f"-DOBJECTS={tmp_path}/kernel.o"]
-        check += ["-P", str(ROOT / "csrc/cpu/isolated.cmake")]
+        check += ["-P", str(ROOT / "csrc/cpu/runtime/isolated.cmake")]
         said[vector] = run(["cmake", *check])
     assert said["grcsf::Vector"].returncode == 0, said["grcsf::Vector"].stdout
     assert said["std::vector"].returncode != 0
@@ -287,7 +287,7 @@ def test_no_folder_of_tests_passes_for_a_package():
         ("no-fast-math", "setup.py", 'flags = ["-march=native"]'),
         ("lazy-triton", "grcsf_kernels/dispatch.py", "import triton"),
         ("torch-free-kernels", "csrc/cpu/gcu/forward.cpp", "#include <ATen/Tensor.h>"),
-        ("no-pickle", "grcsf_kernels/engine/cache.py", "pickle.loads(data)"),
+        ("no-pickle", "grcsf_kernels/engine/data/cache.py", "pickle.loads(data)"),
     ],
 )
 def test_a_guard_of_the_sources_finds_what_it_is_for(guard, file, line, tmp_path):

@@ -227,7 +227,7 @@ def test_a_backend_is_for_its_own_device():
 
 def test_triton_is_taken_where_it_was_measured_to_be_faster(monkeypatch):
     row = {"operator": "gcu", "dtype": "bfloat16", "voxels": [64, 128], "source": "a folder"}
-    monkeypatch.setattr(dispatch, "evidence", lambda: (row,))
+    monkeypatch.setattr(dispatch, "measured_preferences", lambda: (row,))
     monkeypatch.setattr(dispatch, "why_not", lambda backend, *args: "")
 
     def chosen(operator, dtype, *space):
@@ -241,8 +241,8 @@ def test_triton_is_taken_where_it_was_measured_to_be_faster(monkeypatch):
     assert dispatch.select("gcu", "cuda") == "cuda"
 
 
-def test_every_row_of_the_evidence_has_its_source():
-    for row in dispatch.evidence():
+def test_every_measured_preference_has_its_source():
+    for row in dispatch.measured_preferences():
         assert (_ROOT / row["source"]).is_dir(), row
         assert row["operator"] in dispatch.OPERATORS and row["voxels"][0] < row["voxels"][1]
 

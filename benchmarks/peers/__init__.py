@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import grcsf_kernels
-from benchmarks.cases import Case, Inputs
+from benchmarks.harness.cases import Case, Inputs
 from grcsf_kernels.dispatch import BACKENDS, use_backend, why_not
 
 # Global attention in quadratic time is measured up to this many voxels.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs
+from benchmarks.harness.cases import Case, Inputs
 from benchmarks.peers import Peer, Runner, backend_peer, requires_grad
 
 # Unrolled by the compiler, hundreds of chunks of a volume would take hours: one chunk is compiled.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs
+from benchmarks.harness.cases import Case, Inputs
 from benchmarks.peers import Peer, Runner, requires_grad
 
 _MODES = {4: "bilinear", 5: "trilinear"}

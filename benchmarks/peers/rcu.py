@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs
+from benchmarks.harness.cases import Case, Inputs
 from benchmarks.peers import Peer, Runner
 from grcsf_kernels.nn import RCU
 

@@ -23,7 +23,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from benchmarks.report import table
+from benchmarks.report.report import table
 from benchmarks.study import making, protocol, runs
 from benchmarks.study.comparison import with_interval
 from benchmarks.study.difficulty import measure_difficulty

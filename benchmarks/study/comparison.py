@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.protocol import ARMS, BASELINE
-from grcsf_kernels.engine.statistics import interval, sensitivity_by_size
+from grcsf_kernels.engine.evaluation.bootstrap import interval, sensitivity_by_size
 
 MEASURES = ("dice", "lesion_f1", "sensitivity", "precision", "absolute_volume_difference")
 

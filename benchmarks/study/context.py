@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from monai.transforms import ResizeWithPadOrCrop
 
-from grcsf_kernels.engine.checkpoint import load_checkpoint
-from grcsf_kernels.engine.data import Preprocessing, find_cases, load_sample
+from grcsf_kernels.engine.data.samples import Preprocessing, load_sample
+from grcsf_kernels.engine.io.datasets import find_cases
+from grcsf_kernels.engine.model_files import load_checkpoint
 from grcsf_kernels.engine.report import Report
+from grcsf_kernels.masking import complementary_masks, masks_per_round
 from grcsf_kernels.models import MaskedAutoencoder
-from grcsf_kernels.nn.masking import complementary_masks, masks_per_round
 
 
 def context_errors(data: Path, autoencoders: Sequence[Path]) -> dict[str, dict[str, float]]:

@@ -7,11 +7,11 @@ import statistics
 
 import torch
 
-from benchmarks import measure, memory
+from benchmarks.harness import measure, memory
 from benchmarks.study import protocol, runs
 from benchmarks.study.protocol import ARMS
-from grcsf_kernels.engine.config import to_dict
-from grcsf_kernels.engine.train import build
+from grcsf_kernels.common.settings import to_dict
+from grcsf_kernels.engine.training.train import build
 
 _STEPS = 9
 

@@ -13,8 +13,9 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 
 from benchmarks.study import protocol
 from benchmarks.study.comparison import mean_of
-from grcsf_kernels.engine.data import Preprocessing, find_cases, load_sample
-from grcsf_kernels.engine.metrics import dice, lesion_f1
+from grcsf_kernels.engine.data.samples import Preprocessing, load_sample
+from grcsf_kernels.engine.evaluation.metrics import dice, lesion_f1
+from grcsf_kernels.engine.io.datasets import find_cases
 from grcsf_kernels.engine.report import Report
 
 _SCALES = (1.0, 2.0, 4.0)  # voxels, of the neighbourhoods whose mean a model sees

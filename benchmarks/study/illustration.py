@@ -18,13 +18,13 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from benchmarks import results
+from benchmarks.harness import results
 from benchmarks.study import runs
 from benchmarks.study.pool import exit_status, run_all, use_one_thread_each
 from benchmarks.study.scales import SCALES
 from grcsf_kernels import engine
-from grcsf_kernels.engine.figures import FigureCase, save_figure
-from grcsf_kernels.engine.layouts import find_cases
+from grcsf_kernels.engine.evaluation.figures import FigureCase, save_figure
+from grcsf_kernels.engine.io.datasets import find_cases
 from grcsf_kernels.engine.report import Report
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import table
+from benchmarks.report.report import table
 from benchmarks.study import protocol, ranking, runs
 from benchmarks.study.comparison import mean_of, with_interval
 from benchmarks.study.context import context_errors

@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.study import comparison, protocol
 from benchmarks.study.protocol import ARMS
-from grcsf_kernels.engine.figures import FigureCase, largest_slice, save_figure
-from grcsf_kernels.engine.files import write_whole
-from grcsf_kernels.engine.synthetic import make_subject
+from grcsf_kernels.common.atomic_files import write_whole
+from grcsf_kernels.demo.synthetic import make_subject
+from grcsf_kernels.engine.evaluation.figures import FigureCase, largest_slice, save_figure
 
 _COLORS = ("#7f7f7f", "#1b7837", "#a6dba0", "#386cb0", "#b2182b", "#e7298a", "#e6ab02")
 _CT_WINDOW = (-50, 400)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks.harness import results
 from benchmarks.study.runs import Study
 from benchmarks.study.scales import SCALES
 from grcsf_kernels.engine.report import console

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grcsf_kernels import engine
-from grcsf_kernels.engine.config import to_dict
+from grcsf_kernels.common.settings import to_dict
 
 SEEDS = (0, 1, 2)
 # Of the subjects. Development subjects, on which settings are chosen, are none of the study's.

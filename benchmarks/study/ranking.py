@@ -14,8 +14,8 @@ from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.study.comparison import class_name, mean_of
-from grcsf_kernels.engine.metrics import NEIGHBORS
-from grcsf_kernels.engine.statistics import LESION_SIZES
+from grcsf_kernels.engine.connectivity import NEIGHBORS
+from grcsf_kernels.engine.evaluation.bootstrap import LESION_SIZES
 
 ALL = "all"
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import readable_bytes, readable_time, table
+from benchmarks.report.report import readable_bytes, readable_time, table
 from benchmarks.study import causes, comparison, pictures, ranking
 from benchmarks.study.protocol import ARMS, BASELINE
 from benchmarks.study.runs import Study
-from grcsf_kernels.engine.files import write_whole
+from grcsf_kernels.common.atomic_files import write_whole
 
 PAIRS = (
     *((arm, BASELINE) for arm in ARMS if arm != BASELINE),

@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks.harness import results
 from benchmarks.study import protocol, ranking
 from benchmarks.study.difficulty import measure_difficulty
 from benchmarks.study.protocol import ARMS, Scale
 from grcsf_kernels import engine
-from grcsf_kernels.engine.checkpoint import load_checkpoint
-from grcsf_kernels.engine.data import Preprocessing, find_cases, load_sample
-from grcsf_kernels.engine.files import write_whole
+from grcsf_kernels.common.atomic_files import write_whole
+from grcsf_kernels.demo.synthetic import make_dataset
+from grcsf_kernels.engine.data.samples import Preprocessing, load_sample
+from grcsf_kernels.engine.io.datasets import find_cases
+from grcsf_kernels.engine.model_files import load_checkpoint
 from grcsf_kernels.engine.report import Report
-from grcsf_kernels.engine.synthetic import make_dataset
 
 SETS = ("training", "held_out")
 

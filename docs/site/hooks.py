@@ -123,7 +123,7 @@ def commands() -> str:
     import typer
     from typer.cli import get_docs_for_click
 
-    from grcsf_kernels.engine.commands import app
+    from grcsf_kernels.cli.commands import app
 
     command = typer.main.get_command(app)
     context = command.make_context("grcsf", ["--help"], resilient_parsing=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from grcsf_kernels.common.settings import expected
 from grcsf_kernels.engine import config as configs
-from grcsf_kernels.engine.settings import expected
 from grcsf_kernels.engine.settings_yaml import descriptions
 
 PAGE = Path(__file__).resolve().parents[1] / "settings.md"

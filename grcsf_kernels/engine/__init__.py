@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from grcsf_kernels.common.errors import InputError
 from grcsf_kernels.engine.config import (
     AugmentationConfig,
     AutoencoderConfig,
-    DataConfig,
     EvaluateConfig,
     ModelConfig,
     OptimizationConfig,
@@ -17,14 +17,14 @@ from grcsf_kernels.engine.config import (
     load_config,
     save_config,
 )
-from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.evaluate import evaluate
-from grcsf_kernels.engine.export import export_model
-from grcsf_kernels.engine.predict import predict
-from grcsf_kernels.engine.pretrain import pretrain
+from grcsf_kernels.engine.evaluation.evaluate import evaluate
+from grcsf_kernels.engine.inference.export import export_model
+from grcsf_kernels.engine.inference.predict import predict
+from grcsf_kernels.engine.inference.residuals import cache_residuals
 from grcsf_kernels.engine.report import Report
-from grcsf_kernels.engine.residuals import cache_residuals
-from grcsf_kernels.engine.train import train
+from grcsf_kernels.engine.training.pretrain import pretrain
+from grcsf_kernels.engine.training.train import train
+from grcsf_kernels.models.inputs import DataConfig
 
 __all__ = [
     "AugmentationConfig",

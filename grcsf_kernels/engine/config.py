@@ -12,8 +12,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.settings import (
+from grcsf_kernels.common.errors import InputError
+from grcsf_kernels.common.settings import (
     Ascending,
     Bounds,
     Count,
@@ -26,12 +26,11 @@ from grcsf_kernels.engine.settings import (
     Share,
     ShareBelowOne,
     ShareBetween,
-    check,
-    from_dict,
     to_dict,
     update,
 )
 from grcsf_kernels.engine.settings_yaml import dump_config, load_config, save_config
+from grcsf_kernels.models.inputs import DataConfig
 
 __all__ = [
     "PRESETS",
@@ -45,44 +44,22 @@ __all__ = [
     "PretrainConfig",
     "ResidualsConfig",
     "TrainConfig",
-    "check",
     "dump_config",
-    "from_dict",
     "load_config",
     "preset",
     "run_identity",
     "save_config",
-    "to_dict",
 ]
 
 Triple = tuple[Count, Count, Count]
 Axes = Annotated[tuple[Literal[0, 1, 2], ...], Distinct()]
 Range = Annotated[tuple[Positive, Positive], Ascending()]
-Window = Annotated[tuple[float, float], Ascending(strict=True)]
 # Of labels, as files hold them.
 Label = Annotated[int, Bounds(least=-(2**31), most=2**31 - 1)]
 Labels = Annotated[tuple[Label, ...], NotEmpty()]
 Device = Literal["auto", "cpu", "cuda"]
 Place = Literal["auto", "device", "cpu", "disk"]
 Resolution = Annotated[float, Bounds(above=0), Bounds(most=1)]
-
-
-@dataclass
-class DataConfig:
-    """How volumes become tensors. Axes are those of the volume in RAS orientation."""
-
-    spacing: tuple[Positive, Positive, Positive] | None = None
-    """mm; null keeps each image's own."""
-    intensity: Literal["zscore", "window"] = "zscore"
-    """zscore: mean 0 and deviation 1 over voxels that are not 0; window: clip, then to [0, 1]."""
-    window: Window = (-200.0, 800.0)
-    """Hounsfield units, for intensity: window."""
-    channel_windows: tuple[Window, ...] = ()
-    """One for each channel, before window."""
-    crop_foreground: bool = False
-    """Leave out the air around: what is not 0, or above the window's low end, stays."""
-    bids_suffixes: Annotated[tuple[str, ...], NotEmpty(), Distinct()] = ("T1w",)
-    """Of BIDS images, one for each channel."""
 
 
 @dataclass

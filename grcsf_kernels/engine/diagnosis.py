@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from grcsf_kernels.engine.finite import first_not_finite
-from grcsf_kernels.engine.scratch import slabs
+from grcsf_kernels.common.finite import first_not_finite
+from grcsf_kernels.engine.buffers import slabs
 
 # Normalized images and residual maps are nowhere near the largest number of float16.
 LARGEST = torch.finfo(torch.float16).max
@@ -68,3 +68,12 @@ def _range(values: Tensor) -> tuple[float, float]:
     ]
     both = torch.stack(bounds)
     return float(both[:, 0].amin()), float(both[:, 1].amax())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, of the device or of the process."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch's allocator on the CPU and cuDNN raise plain RuntimeErrors.
+    texts = ("allocate memory", "out of memory", "ALLOC_FAILED", "not enough memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from grcsf_kernels.engine.settings import to_dict
+from grcsf_kernels.common.settings import to_dict
 
 _SHOWN = 5
 

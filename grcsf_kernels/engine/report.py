@@ -12,9 +12,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 
-from grcsf_kernels.engine.errors import InputError, printable
-from grcsf_kernels.engine.guard import show_traceback
-from grcsf_kernels.engine.scratch import NoRoomError
+from grcsf_kernels.common.errors import InputError, printable, show_traceback
+from grcsf_kernels.engine.buffers import NoRoomError
 
 Item = TypeVar("Item")
 

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from grcsf_kernels.engine.errors import InputError
-from grcsf_kernels.engine.files import write_whole
-from grcsf_kernels.engine.settings import to_dict, update
+from grcsf_kernels.common.atomic_files import write_whole
+from grcsf_kernels.common.errors import InputError
+from grcsf_kernels.common.settings import to_dict, update
 
 Config = TypeVar("Config")
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from grcsf_kernels.masking import random_masks
 from grcsf_kernels.models.pretrained import Pretrained
-from grcsf_kernels.nn.masking import random_masks
 from grcsf_kernels.ops.checks import check_counts
-from grcsf_kernels.reference.residual_map import patchify
+from grcsf_kernels.patches import patchify
 
 
 class _QueryKeyValue(nn.Linear):
@@ -69,6 +69,8 @@ class _Attention(nn.Module):
 
 class _Block(nn.Module):
     """A transformer block with normalization first."""
+
+    shardable = True  # FSDP gathers the weights of one at a time
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()

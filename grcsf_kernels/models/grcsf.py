@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grcsf_kernels.models.pretrained import Pretrained
 from grcsf_kernels.models.unet import ResidualUNet
-from grcsf_kernels.nn.units import attending, compensated, make_gcus, make_rcus
+from grcsf_kernels.nn.unet_units import attending, compensated, make_gcus, make_rcus
 from grcsf_kernels.ops.checks import check_levels, check_maps
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model files: what ``from_pretrained`` reads and ``save_pretrained`` writes."""
+"""Networks that can be written to model files and read again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from grcsf_kernels.models.files import KINDS, load_model, save_checkpoint
+from grcsf_kernels.models.inputs import DataConfig
+
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from grcsf_kernels.engine.config import DataConfig
 
 
 class Pretrained(nn.Module):
@@ -23,7 +24,7 @@ class Pretrained(nn.Module):
         config: the arguments that it was made with.
         absent: what arguments were in effect in model files that are older than they are.
         preprocessing: how images become its input, for
-            :class:`grcsf_kernels.engine.preprocessing.Preprocessing`; None: not known.
+            :class:`grcsf_kernels.engine.data.preprocessing.Preprocessing`; None: not known.
         crop_size: voxels of its training crops, the windows of prediction; None: not known.
         residual_maps: what made the maps that it was trained with; None: not known.
     """
@@ -33,6 +34,11 @@ class Pretrained(nn.Module):
     preprocessing: DataConfig | None = None
     crop_size: tuple[int, ...] | None = None
     residual_maps: dict[str, Any] | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if Pretrained in cls.__bases__:  # not the classes that users derive from these
+            KINDS[cls.__name__] = cls
 
     @classmethod
     def from_pretrained(cls, path: Path | str) -> Self:
@@ -47,9 +53,6 @@ class Pretrained(nn.Module):
         Raises:
             grcsf_kernels.engine.InputError: no such file, of another kind, or damaged.
         """
-        # Here, because the engine imports the models.
-        from grcsf_kernels.engine.checkpoint import load_model
-
         return load_model(Path(path), cls)
 
     def save_pretrained(
@@ -69,8 +72,6 @@ class Pretrained(nn.Module):
         Returns:
             ``path``.
         """
-        from grcsf_kernels.engine.checkpoint import save_checkpoint
-
         return save_checkpoint(
             Path(path),
             self,

@@ -42,6 +42,8 @@ class _InstanceNorm(nn.Module):
 class _ResidualBlock(nn.Module):
     """Two normalized convolutions beside a shortcut."""
 
+    shardable = True  # FSDP gathers the weights of one at a time
+
     def __init__(self, dims: int, channels_in: int, channels: int, stride: int = 1) -> None:
         super().__init__()
         convolution = _CONVOLUTIONS[dims]

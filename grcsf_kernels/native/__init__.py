@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grcsf_kernels.dispatch import EMULATED
+from grcsf_kernels.common.backends import EMULATED
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -123,8 +123,8 @@ _DLPACK_TYPES = {
 def result_like(tensor: Tensor) -> Tensor:
     """An uninitialized tensor of this shape, dtype and layout, for a result.
 
-    Large ones on CPU come from a pool (``csrc/cpu/runtime/pool.h``): clearing fresh pages takes as long
-    as computing what goes there. ``GRCSF_RESULT_POOL=0`` switches it off.
+    Large ones on CPU come from a pool (``csrc/cpu/runtime/pool.h``): clearing fresh pages takes as
+    long as computing what goes there. ``GRCSF_RESULT_POOL=0`` switches it off.
     """
     module = library()
     pooled = (

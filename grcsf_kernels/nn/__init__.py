@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from grcsf_kernels.masking import complementary_masks, random_masks
 from grcsf_kernels.nn import convert
-from grcsf_kernels.nn.compensated import CompensatedUNet
+from grcsf_kernels.nn.compensated_unet import CompensatedUNet
 from grcsf_kernels.nn.gcu import GCU
-from grcsf_kernels.nn.masking import complementary_masks, random_masks
 from grcsf_kernels.nn.rcu import RCU
 from grcsf_kernels.nn.residual_maps import ResidualMaps
 from grcsf_kernels.nn.squeeze_excitation import SqueezeExcitation

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from grcsf_kernels.nn.gated import gated
+from grcsf_kernels.common.dtypes import compute_dtype
 from grcsf_kernels.nn.layers import affine
-from grcsf_kernels.nn.squeeze_excitation import compute_dtype
+from grcsf_kernels.nn.sparse_rcu import gated
 from grcsf_kernels.ops import rcu
 from grcsf_kernels.ops.checks import check_counts, check_maps, patch_tuple
 from grcsf_kernels.ops.registration import without_autocast
@@ -163,7 +163,7 @@ class RCU(nn.Module):
 
     def _attention_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query_weight, query_bias, value_weight and value_bias: docs/operators.md, absorption."""
-        like = x.new_empty((0,), dtype=compute_dtype(x))
+        like = x.new_empty((0,), dtype=compute_dtype(x.dtype))
 
         def stacked(name: str, features: int) -> tuple[Tensor, Tensor]:
             layers = getattr(self, name)
@@ -197,7 +197,7 @@ class RCU(nn.Module):
         self, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The scoring network; the context's part goes into its bias, one for each sample."""
-        like = x.new_empty((0,), dtype=compute_dtype(x))
+        like = x.new_empty((0,), dtype=compute_dtype(x.dtype))
         described = self.channels + self.num_maps * self.map_channels
         features = described + (self.context_channels or 0)
         weight, bias = affine("RCU: score_hidden", self.score_hidden, features, like)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grcsf_kernels.nn.masking import complementary_masks, masks_per_round, random_masks
+from grcsf_kernels.masking import complementary_masks, masks_per_round, random_masks
 from grcsf_kernels.ops import residual_map
 from grcsf_kernels.ops.checks import check_option
 

@@ -7,14 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grcsf_kernels.common.dtypes import compute_dtype
 from grcsf_kernels.nn.layers import OpenLinear, call
 from grcsf_kernels.ops.checks import check_counts
 from grcsf_kernels.ops.registration import without_autocast
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64 data, else float32: the dtype of gates and of absorbed weights."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 class SqueezeExcitation(nn.Module):
@@ -46,7 +42,7 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate [B, C] of ``x`` [B, C, *S], float32 (float64 for float64 input)."""
-        dtype = compute_dtype(x)
+        dtype = compute_dtype(x.dtype)
         with without_autocast(x.device.type):
             means = x.flatten(2).mean(dim=2, dtype=dtype)
             hidden = F.relu(call(self.squeeze, means))

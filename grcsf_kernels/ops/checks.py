@@ -12,6 +12,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from grcsf_kernels.common.dtypes import compute_dtype
+
 DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -162,11 +164,6 @@ def patch_tuple(
             f"expected an integer from 1 to 2^63 - 1, or one for each of the {axes} spatial axes"
         )
     return sizes
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are taken, and of gates, weights and scores."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def layout_of(tensor: Tensor) -> torch.memory_format:

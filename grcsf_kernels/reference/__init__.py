@@ -8,7 +8,7 @@ file in ``grcsf_kernels.ops`` has checked, in the layouts that it has made dense
 
 from __future__ import annotations
 
-from grcsf_kernels.dispatch import OPERATORS
+from grcsf_kernels.common.backends import OPERATORS
 
 
 def why_not(backend: str) -> str:

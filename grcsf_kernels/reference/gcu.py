@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from grcsf_kernels.ops.checks import compute_dtype
+from grcsf_kernels.common.dtypes import compute_dtype
 from grcsf_kernels.reference.interpolation import upsample, upsample_adjoint
 
 

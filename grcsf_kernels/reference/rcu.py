@@ -10,69 +10,16 @@ and of queries that keep the logits under a fixed number of bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
+
+from grcsf_kernels.patches import regions
 
 # Logits of one chunk, in values, and backward holds three such tensors. 1 MiB in float32 stays in
 # a CPU's cache; a GPU needs more at once to be busy. The textbook form holds K * h * V * P.
 _CHUNK = 1 << 18
 _CHUNKS_AT_ONCE_ON_GPU = 512
-
-_AXES = {2: "hw", 3: "dhw"}
-
-
-@dataclass(frozen=True)
-class Region:
-    """A block of the volume in which all patches have the same size."""
-
-    space: tuple[Any, ...]  # index of its voxels in a tensor [..., *S]
-    grid: tuple[Any, ...]  # index of its patches in a tensor [..., *G]
-    counts: tuple[int, ...]  # patches per axis
-    patch: tuple[int, ...]  # voxels per axis
-
-    def windows(self, volume: Tensor) -> Tensor:
-        """[B, n, *S] to [B * patches, P, n]."""
-        grid, inner = self._names()
-        block = volume[self.space]
-        return rearrange(block, f"b n {grid} -> (b {self._outer()}) ({inner}) n", **self._sizes())
-
-    def put(self, windows: Tensor, volume: Tensor) -> None:
-        """Write [B * patches, P, n] to this block of ``volume`` [B, n, *S]."""
-        grid, inner = self._names()
-        volume[self.space] = rearrange(
-            windows, f"(b {self._outer()}) ({inner}) n -> b n {grid}", **self._sizes()
-        )
-
-    def _names(self) -> tuple[str, str]:
-        axes = _AXES[len(self.patch)]
-        return " ".join(f"(g{a} p{a})" for a in axes), " ".join(f"p{a}" for a in axes)
-
-    def _outer(self) -> str:
-        return " ".join(f"g{a}" for a in _AXES[len(self.patch)])
-
-    def _sizes(self) -> dict[str, int]:
-        axes = _AXES[len(self.patch)]
-        sizes = {f"p{a}": p for a, p in zip(axes, self.patch, strict=True)}
-        return sizes | {f"g{a}": g for a, g in zip(axes, self.counts, strict=True)}
-
-
-def regions(space: Sequence[int], patch_size: Sequence[int]) -> Iterator[Region]:
-    """The regions of a volume of size ``space``: the bulk, then the edges with smaller patches."""
-    per_axis = []
-    for size, patch in zip(space, patch_size, strict=True):
-        whole = size // patch
-        blocks = [(slice(0, whole * patch), slice(0, whole), whole, patch)]
-        if size % patch:
-            blocks.append((slice(whole * patch, size), slice(whole, whole + 1), 1, size % patch))
-        per_axis.append(blocks)
-    for combination in product(*per_axis):
-        voxels, patches, counts, patch = zip(*combination, strict=True)
-        yield Region((..., *voxels), (..., *patches), counts, patch)
 
 
 def _chunks(own: Tensor, lanes: int) -> Iterator[tuple[slice, slice]]:

@@ -6,32 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from grcsf_kernels.ops.checks import compute_dtype
-
-# Token order of the original MAE: inside a token the voxel is slow and the channel fast.
-_PATTERNS = {
-    4: "b c (gh ph) (gw pw) -> b (gh gw) (ph pw c)",
-    5: "b c (gd pd) (gh ph) (gw pw) -> b (gd gh gw) (pd ph pw c)",
-}
-_AXES = {4: "hw", 5: "dhw"}
-
-
-def patchify(volume: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """[B, C, *S] to tokens [B, L, P * C]."""
-    sizes = {f"p{a}": p for a, p in zip(_AXES[volume.ndim], patch_size, strict=True)}
-    return rearrange(volume, _PATTERNS[volume.ndim], **sizes)
-
-
-def unpatchify(tokens: Tensor, patch_size: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Tokens [B, L, P * C] to [B, C, *S]; ``shape`` is [B, C, *S]."""
-    left, right = _PATTERNS[len(shape)].split(" -> ")
-    sizes = {}
-    for axis, patch, size in zip(_AXES[len(shape)], patch_size, shape[2:], strict=True):
-        sizes[f"p{axis}"], sizes[f"g{axis}"] = patch, size // patch
-    return rearrange(tokens, f"{right} -> {left}", b=shape[0], c=shape[1], **sizes)
+from grcsf_kernels.common.dtypes import compute_dtype
+from grcsf_kernels.patches import patchify, unpatchify
 
 
 def _draw_weights(hidden: Tensor | None, prediction: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The room of the Triton kernels, one file an operator.
+"""Triton backend: one subpackage per operator.
 
 Nothing here imports Triton until a kernel runs, so that ``import grcsf_kernels`` works on machines
 without a GPU, without a driver and without Triton. Where ``TRITON_INTERPRET=1`` was set before
@@ -15,7 +15,7 @@ import os
 
 import torch
 
-from grcsf_kernels.dispatch import OPERATORS
+from grcsf_kernels.common.backends import OPERATORS
 
 _OLDEST = (3, 4)
 # What Triton is called where PyTorch builds it itself.

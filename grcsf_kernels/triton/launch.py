@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a Triton kernel is started: its parameters, its grid, and a way to look at launches.
 
-Every launch of the room goes through :func:`launch`. Tile sizes and numbers of warps come from
+Every launch goes through :func:`launch`. Tile sizes and numbers of warps come from
 a table, ``<operator>.json``, by kernel, architecture, dtype and shape class;
-``benchmarks/tune.py`` writes it. Nothing is tuned at a user's call.
+``benchmarks/gpu/tune.py`` writes it. Nothing is tuned at a user's call.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def table(path: Path) -> tuple[dict[str, Any], ...]:
 def table_path(operator: str) -> Path:
     """The table in use: in the folder ``GRCSF_TRITON_PARAMETERS``, or what the package brings."""
     folder = os.environ.get("GRCSF_TRITON_PARAMETERS")
-    return (Path(folder) if folder else Path(__file__).parent) / f"{operator}.json"
+    return (Path(folder) if folder else Path(__file__).parent / "parameters") / f"{operator}.json"
 
 
 @functools.lru_cache

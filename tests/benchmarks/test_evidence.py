@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks.evidence import faster_on_triton
+from benchmarks.gpu.preferences import faster_on_triton
 
 
 def row(peer, median, *, case="64³ C=32 bfloat16", direction="forward", spread=0.02, voxels=64**3):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import DEVICES, example
 
-from benchmarks.memory import measure_peak
+from benchmarks.harness.memory import measure_peak
 
 MB = 10**6
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bench_gcu, bench_rcu, bench_residual_map
-from benchmarks.cases import Case, make_inputs
-from benchmarks.harness import worst_error
+from benchmarks.harness.cases import Case, make_inputs
+from benchmarks.harness.rows import worst_error
 from benchmarks.peers import backend_peer
 from benchmarks.peers.rcu import volume_of, windows
+from benchmarks.suites import bench_gcu, bench_rcu, bench_residual_map
 from grcsf_kernels.dispatch import BACKENDS, why_not
 
 PEERS = {"residual_map": bench_residual_map, "gcu": bench_gcu, "rcu": bench_rcu}

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from benchmarks import compare, report, results
+from benchmarks.harness import results
+from benchmarks.report import compare, report
 
 
 def row(peer="cpu", median=0.010, iqr=0.001, voxels=64**3, direction="forward", memory=10**6):

@@ -9,9 +9,11 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu_check, launches, run
-from benchmarks.gpu_check import Step
-from benchmarks.harness import Absent, Row, Session
+from benchmarks import run
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import launches
+from benchmarks.gpu.check import Step
+from benchmarks.harness.rows import Absent, Row, Session
 
 
 def test_a_quick_run_writes_results_and_a_report(tmp_path, monkeypatch):
@@ -87,7 +89,7 @@ def test_with_a_gpu_no_step_runs_in_tritons_interpreter(tmp_path, monkeypatch):
     steps = {step.name.split()[0]: step for step in gpu_check.plan(tmp_path, "")}
     assert all(step.environment["TRITON_INTERPRET"] == "0" for step in steps.values())
     assert steps["kernels"].command[-2:] == ["--architectures", "90"]
-    assert not any("benchmarks.tune" in step.command for step in steps.values())
+    assert not any("benchmarks.gpu.tune" in step.command for step in steps.values())
     without = gpu_check.plan(tmp_path, "there is none")
     assert not any("TRITON_INTERPRET" in step.environment for step in without)
 

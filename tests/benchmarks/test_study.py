@@ -75,7 +75,7 @@ def test_arms_differ_in_the_network_alone(scale: Scale) -> None:
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_the_widened_backbone_has_the_parameters_of_the_full_model(scale: Scale) -> None:
-    from grcsf_kernels.engine.train import build
+    from grcsf_kernels.engine.training.train import build
 
     full, widened = (
         sum(

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import tune
-from benchmarks.kernel_cases import calls
+from benchmarks.gpu import tune
+from benchmarks.gpu.kernel_cases import calls
 from grcsf_kernels.dispatch import OPERATORS
 from grcsf_kernels.reference import gcu as reference_gcu
 from grcsf_kernels.reference import residual_map as reference_residual_map

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import measure, work
-from benchmarks.cases import Case, all_cases, make_inputs
+from benchmarks.harness import measure, work
+from benchmarks.harness.cases import Case, all_cases, make_inputs
 
 
 def test_gcu_reads_each_input_and_writes_each_output_once():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which launches a call makes, and how much of a multiprocessor they ask for: noted, not run.
 
-``GRCSF_LAUNCHES=launches.json`` writes them, for ``python -m benchmarks.cuda_kernels``.
+``GRCSF_LAUNCHES=launches.json`` writes them, for ``python -m benchmarks.gpu.cuda_kernels``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.kernel_cases import Call
+from benchmarks.gpu.kernel_cases import Call
+from benchmarks.harness.cases import Case
 from grcsf_kernels import dispatch, native
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_launches_are_those_of_the_page(launches):
     for launch in launches:
         cells = (launch["call"], f"`{launch['kernel']}`", f"{launch['blocks']:,}")
         row = "| " + " | ".join([*cells, str(launch["threads"]), f"{launch['shared']:,}"]) + " |"
-        assert row in page, "write docs/kernels.md anew: see benchmarks/cuda_kernels.py"
+        assert row in page, "write docs/kernels.md anew: see benchmarks/gpu/cuda_kernels.py"
 
 
 def test_shared_memory_fits_every_card(launches):

@@ -22,9 +22,9 @@ from grcsf_kernels.engine import (
     ResidualsConfig,
     TrainConfig,
 )
-from grcsf_kernels.engine.checkpoint import save_checkpoint
-from grcsf_kernels.engine.pretrain import build as build_autoencoder
-from grcsf_kernels.engine.train import build as build_network
+from grcsf_kernels.engine.training.pretrain import build as build_autoencoder
+from grcsf_kernels.engine.training.train import build as build_network
+from grcsf_kernels.models.files import save_checkpoint
 
 # Left-anterior-superior, oblique, anisotropic: everything that a careless reader gets wrong.
 AFFINE = np.array(

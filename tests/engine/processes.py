@@ -14,7 +14,8 @@ import torch
 from engine.conftest import pretrain_config, train_config
 
 from grcsf_kernels import engine
-from grcsf_kernels.engine import checkpoint, loop
+from grcsf_kernels.engine.training import state
+from grcsf_kernels.engine.training import trainer as loop
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -131,7 +132,7 @@ def killed_writing(data, folder):
         Path(path).write_bytes(content[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.torch.save = half
+    state.torch.save = half
     engine.train(data, folder, interrupted())
 
 

@@ -24,7 +24,7 @@ from engine.conftest import (
 )
 
 from grcsf_kernels import engine
-from grcsf_kernels.engine.export import export_model
+from grcsf_kernels.engine.inference.export import export_model
 
 CALLS = int(os.environ.get("GRCSF_LONG_LIFE", "2"))
 SHORT = {"epochs": 1, "steps_per_epoch": 1}

@@ -9,12 +9,13 @@ from engine.conftest import pretrain_config, residuals_config, rewrite, train_co
 
 from grcsf_kernels import engine
 from grcsf_kernels.engine import DataConfig, InputError
-from grcsf_kernels.engine.checkpoint import load_checkpoint
-from grcsf_kernels.engine.data import Preprocessing
-from grcsf_kernels.engine.pretrain import autoencoder_path
-from grcsf_kernels.engine.provenance import compare_maps, read_maps
-from grcsf_kernels.engine.volumes import read_volume
+from grcsf_kernels.engine.data.samples import Preprocessing
+from grcsf_kernels.engine.io.nifti import read_volume
+from grcsf_kernels.engine.io.provenance import read_maps
+from grcsf_kernels.engine.model_files import load_checkpoint
+from grcsf_kernels.engine.training.pretrain import autoencoder_path
 from grcsf_kernels.models import GRCSF, MaskedAutoencoder
+from grcsf_kernels.models.inputs import compare_maps
 
 
 def small(**options):

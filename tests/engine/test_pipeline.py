@@ -22,8 +22,8 @@ from engine.conftest import (
 from safetensors.torch import load_file
 
 from grcsf_kernels import engine
-from grcsf_kernels.engine import loop
-from grcsf_kernels.engine.checkpoint import load_checkpoint
+from grcsf_kernels.engine.model_files import load_checkpoint
+from grcsf_kernels.engine.training import trainer as loop
 
 
 def test_the_whole_way(folder, tmp_path):
@@ -164,7 +164,7 @@ def test_validation_keeps_the_best_epoch(folder, tmp_path, monkeypatch):
     config.validation_fraction, config.validation_every = 0.34, 1
     scores = iter([0.2, 0.9, 0.5])
     kept = []
-    train_module = importlib.import_module("grcsf_kernels.engine.train")
+    train_module = importlib.import_module("grcsf_kernels.engine.training.train")
     monkeypatch.setattr(train_module, "_validate", lambda *args: next(scores))
     original = train_module.save_checkpoint
     monkeypatch.setattr(

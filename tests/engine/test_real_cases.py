@@ -16,7 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from grcsf_kernels import engine
-from grcsf_kernels.engine.commands import app
+from grcsf_kernels.cli.commands import app
+from grcsf_kernels.engine.data.preprocessing import Preprocessing
+from grcsf_kernels.engine.io.nifti import read_volume
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ROOT / "tests" / "data"
@@ -37,8 +39,8 @@ def overfit(
     for kind in ("image", "label"):
         shutil.copy(source / f"{case}_{kind}.nii.gz", data)
     config = engine.DataConfig(spacing=spacing)
-    volume = engine.volumes.read_volume(data / f"{case}_image.nii.gz")
-    space = engine.data.Preprocessing(config).image(volume).shape[1:]
+    volume = read_volume(data / f"{case}_image.nii.gz")
+    space = Preprocessing(config).image(volume).shape[1:]
     # Crops are the whole volume, rounded up to whole patches.
     patch = (8, 8, 4)
     x, y, z = (-(-size // step) * step for size, step in zip(space, patch, strict=True))

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grcsf_kernels
 from grcsf_kernels import native
+from grcsf_kernels.common.dtypes import compute_dtype
 from grcsf_kernels.dispatch import EMULATED, why_not
-from grcsf_kernels.ops import checks
 from grcsf_kernels.triton import interpreting
 
 ISAS = ("portable", "avx2", "avx512")
@@ -84,7 +84,7 @@ def run(call: Call, incoming: Sequence[Tensor], exact: bool = False) -> list[Ten
 def perturbed(call: Call, incoming: Sequence[Tensor], seed: int) -> list[Tensor | None]:
     """Results in float64 where arguments and gradients are off by a few roundings."""
     generator = torch.Generator().manual_seed(seed)
-    step = 8 * torch.finfo(checks.compute_dtype(call.dtype)).eps
+    step = 8 * torch.finfo(compute_dtype(call.dtype)).eps
 
     def moved(tensor: Tensor | None) -> Any:
         if tensor is None or not tensor.is_floating_point():
@@ -100,7 +100,7 @@ def perturbed(call: Call, incoming: Sequence[Tensor], seed: int) -> list[Tensor 
 def smallest(dtype: torch.dtype) -> float:
     """What values of a dtype may always be off by: they, or what they are made of, are denormal."""
     own = torch.finfo(dtype)
-    return max(1e3 * torch.finfo(checks.compute_dtype(dtype)).tiny, own.tiny * own.eps)
+    return max(1e3 * torch.finfo(compute_dtype(dtype)).tiny, own.tiny * own.eps)
 
 
 def check_finite(what: str, found: Tensor, exact: Tensor, plain: Tensor, spreads: bool) -> None:
@@ -220,7 +220,7 @@ def check_values(
                 others.append((TABLES[call.dtype], large[index]))  # type: ignore[arg-type]
                 if name.startswith("gradient of score_"):
                     # The slope of the sigmoid is taken from scores, which are near 1.
-                    eps = torch.finfo(checks.compute_dtype(call.dtype)).eps
+                    eps = torch.finfo(compute_dtype(call.dtype)).eps
                     least = float((1 - exact[1]).nan_to_num(1.0).amin())  # type: ignore[operator]
                     others.append((2 * eps / max(least, eps), two))
             if call.operator == "gcu" and index < outputs:

@@ -26,15 +26,12 @@ from engine.conftest import make_model, train_config
 from fuzz.trees import check_tree
 
 from grcsf_kernels import engine
+from grcsf_kernels.common.errors import printable
 from grcsf_kernels.engine import InputError
-from grcsf_kernels.engine.checkpoint import load_checkpoint, load_state
 from grcsf_kernels.engine.config import dump_config
-from grcsf_kernels.engine.errors import printable
-from grcsf_kernels.engine.layouts import Case
-from grcsf_kernels.engine.report import console
-from grcsf_kernels.engine.sources import read_json, read_list
-from grcsf_kernels.engine.splits import split
-from grcsf_kernels.engine.volumes import (
+from grcsf_kernels.engine.data.splits import split
+from grcsf_kernels.engine.io.datasets import Case
+from grcsf_kernels.engine.io.nifti import (
     Volume,
     read_description,
     read_geometry,
@@ -43,6 +40,10 @@ from grcsf_kernels.engine.volumes import (
     read_residual,
     read_volume,
 )
+from grcsf_kernels.engine.io.sources import read_json, read_list
+from grcsf_kernels.engine.model_files import load_checkpoint
+from grcsf_kernels.engine.report import console
+from grcsf_kernels.engine.training.state import load_state
 
 _MEMORY = 1 << 30  # bytes that reading a file of kilobytes may claim
 _SECONDS = 30

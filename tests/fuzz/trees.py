@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from grcsf_kernels import engine
+from grcsf_kernels.common.errors import printable
 from grcsf_kernels.engine import InputError
-from grcsf_kernels.engine.errors import printable
-from grcsf_kernels.engine.layouts import find_cases, find_labels, find_masks
-from grcsf_kernels.engine.volumes import read_geometry, stem
+from grcsf_kernels.engine.io.datasets import find_cases, find_labels, find_masks
+from grcsf_kernels.engine.io.nifti import read_geometry, stem
 
 _DRAWN = "sub-{0}/ses-1/anat/sub-{0}_ses-1_label-L_mask.nii.gz"
 # Files of a case; "{}" is its name.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cuda_kernels
+from benchmarks.gpu import cuda_kernels
 from grcsf_kernels import native
 from grcsf_kernels.dispatch import OPERATORS
 
@@ -59,7 +59,7 @@ def test_registers_are_those_of_the_page(kernels):
     if shown != {80, 90}:
         pytest.skip("built for other architectures than the page's")
     for row in cuda_kernels.register_rows([k for k in kernels if k.architecture in shown]):
-        assert row in part, "write docs/kernels.md anew: see benchmarks/cuda_kernels.py"
+        assert row in part, "write docs/kernels.md anew: see benchmarks/gpu/cuda_kernels.py"
 
 
 def on_cuda(tensor: torch.Tensor) -> object:

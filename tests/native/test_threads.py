@@ -74,7 +74,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(name, layout, threads):
 MEASURE = """
 import sys, torch
 import grcsf_kernels
-from benchmarks.memory import _reset_resident, _status
+from benchmarks.harness.memory import _reset_resident, _status
 operator, patch, direction = sys.argv[1:]
 torch.set_num_threads(2)
 patch = None if patch == "None" else int(patch)

@@ -259,7 +259,7 @@ on_triton = pytest.mark.parametrize(
 )
 def test_triton_backward_in_slabs(backend, device, spaces, layout, monkeypatch):
     """Large volumes go in slabs of planes, with a ring of workspace. Here with the least ring."""
-    from grcsf_kernels.triton import gcu_backward
+    from grcsf_kernels.triton.gcu import backward as gcu_backward
 
     def least(skip, deep):
         return gcu_backward.longest_run(skip.shape[2], deep.shape[2])
@@ -273,7 +273,7 @@ def test_triton_backward_in_slabs(backend, device, spaces, layout, monkeypatch):
 @on_triton
 def test_triton_slabs_hold_what_they_need(backend, device):
     """Every deep plane is complete when its turn comes, and its planes are still in the ring."""
-    from grcsf_kernels.triton.gcu_backward import end_of, first_of, longest_run, slabs
+    from grcsf_kernels.triton.gcu.backward_kernels import end_of, first_of, longest_run, slabs
 
     for depth in (1, 2, 3, 5, 8, 17):
         for deep in (1, 2, 3, 4, 9, 17, 40):

@@ -2,8 +2,8 @@
 """``rcu`` over shapes that take different paths through a kernel, against the reference in float64.
 
 The CPU kernel works patch by patch where patches are small and many, and with all threads on one
-patch where it is large (``patch_by_patch`` in ``csrc/cpu/rcu/attention.h``); the map's gradient comes
-from a table where maps have one channel, else from the direct sum.
+patch where it is large (``patch_by_patch`` in ``csrc/cpu/rcu/attention.h``); the map's gradient
+comes from a table where maps have one channel, else from the direct sum.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ahead_of_time import limits, occupancy
-from benchmarks.kernels import selectable
+from benchmarks.gpu.ahead_of_time import limits, occupancy
+from benchmarks.gpu.kernels import selectable
 from grcsf_kernels.dispatch import OPERATORS
 from grcsf_kernels.triton import launch
 
@@ -28,9 +28,9 @@ _ROOT = Path(__file__).parents[2]
     params=[pytest.param(o, marks=pytest.mark.xdist_group(f"compiled_{o}")) for o in OPERATORS],
 )
 def compiled(request, tmp_path_factory):
-    """What ``python -m benchmarks.kernels --quick`` says of an operator."""
+    """What ``python -m benchmarks.gpu.kernels --quick`` says of an operator."""
     out = tmp_path_factory.mktemp("kernels") / "kernels.json"
-    command = [sys.executable, "-m", "benchmarks.kernels", "--quick", "--json", str(out)]
+    command = [sys.executable, "-m", "benchmarks.gpu.kernels", "--quick", "--json", str(out)]
     result = subprocess.run(
         [*command, "--operators", request.param],
         cwd=_ROOT,
@@ -70,7 +70,7 @@ def test_every_architecture_gets_the_same_kernels(compiled):
 def test_the_page_names_every_kernel(compiled):
     page = (_ROOT / "docs/kernels.md").read_text()
     missing = {k["kernel"] for k in compiled["kernels"] if f"`{k['kernel']}`" not in page}
-    assert not missing, "run python -m benchmarks.kernels --write docs/kernels.md"
+    assert not missing, "run python -m benchmarks.gpu.kernels --write docs/kernels.md"
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_tables_of_the_package_are_for_every_dtype():
 
 
 def test_recording_on_meta_tensors_launches_nothing():
-    from grcsf_kernels.triton import residual_map
+    from grcsf_kernels.triton.residual_map import kernels as residual_map
 
     image = torch.empty(2, 1, 32, 32, 32, device="meta")
     prediction = torch.empty(3, 2, 8, 4096, dtype=torch.bfloat16, device="meta")
@@ -172,14 +172,14 @@ def test_powers_of_two(size, expected):
 def test_why_triton_kernels_can_not_run(monkeypatch):
     from importlib import metadata
 
-    from grcsf_kernels import triton as room
+    from grcsf_kernels import triton as backend
 
     def version(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", lambda name: "3.3.1")
-    assert "3.3.1 is installed, and the kernels need 3.4" in room.why_not("triton")
+    assert "3.3.1 is installed, and the kernels need 3.4" in backend.why_not("triton")
     monkeypatch.setattr(metadata, "version", version)
-    assert "3.3.1" not in room.why_not("triton")  # a build of unknown name
+    assert "3.3.1" not in backend.why_not("triton")  # a build of unknown name
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "Triton is not installed: pip install" in room.why_not("triton")
+    assert "Triton is not installed: pip install" in backend.why_not("triton")

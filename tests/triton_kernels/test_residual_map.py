@@ -126,7 +126,7 @@ def test_what_is_not_finite_stays_where_it_is(device, value, average):
 @on_every_device
 def test_64_bit_offsets_give_the_same(device, monkeypatch):
     """The wide form, forced on small tensors."""
-    from grcsf_kernels.triton import residual_map as kernels
+    from grcsf_kernels.triton.residual_map import kernels
 
     monkeypatch.setattr(kernels, "wide", lambda *tensors: True)
     for channels, layout in itertools.product((1, 3, 4), ("contiguous", "channels_last")):

@@ -11,9 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+from grcsf_kernels.common.atomic_files import write_whole
 from grcsf_kernels.engine import InputError
-from grcsf_kernels.engine.files import write_whole
-from grcsf_kernels.engine.volumes import read_residual, read_volume, write_volume
+from grcsf_kernels.engine.io.nifti import read_residual, read_volume, write_volume
 
 NOT_NORMALIZED = "noNorm"
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained networks on whole volumes: residual maps, prediction, export."""
