@@ -8,10 +8,11 @@ package.
 from __future__ import annotations
 
 from grcsf_kernels.masking import complementary_masks, random_masks
-from grcsf_kernels.ops import gcu, rcu, residual_map
+from grcsf_kernels.ops import RCUWeights, gcu, rcu, residual_map
 from grcsf_kernels.patches import patchify, unpatchify
 
 __all__ = [
+    "RCUWeights",
     "complementary_masks",
     "gcu",
     "patchify",

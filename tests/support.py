@@ -139,6 +139,16 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def rcu(x: Tensor, maps: Tensor, *weights: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """:func:`grcsf_kernels.rcu` with its weights one by one."""
+    return grcsf_kernels.rcu(x, maps, grcsf_kernels.RCUWeights(*weights), **options)
+
+
+def function(operator: str) -> Callable[..., Any]:
+    """The public function of an operator, which takes tensors one by one."""
+    return rcu if operator == "rcu" else getattr(grcsf_kernels, operator)
+
+
 @dataclass
 class Example:
     """One call of an operator: ``function(*arguments, **options)``."""
@@ -227,7 +237,7 @@ def example(
     for position in data:
         arguments[position] = LAYOUTS[layout](arguments[position])
     return Example(
-        getattr(grcsf_kernels, operator),
+        function(operator),
         getattr(torch.ops.grcsf, operator).default,
         arguments,
         options,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grcsf_kernels import RCUWeights
 from grcsf_kernels.nn import RCU
 
 DRAWS, MAE_PATCH, MAPS, HEADS = 4, 16, 2, 4
@@ -189,9 +190,7 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
     residual = uniform(1, MAPS, case.map_channels, *case.space).to(dtype)
     with torch.no_grad():
         weights = [weight.contiguous() for weight in unit.absorbed(x)]
-    names = ["query_weight", "query_bias", "value_weight", "value_bias"]
-    names += ["score_weight1", "score_bias1", "score_weight2", "score_bias2"]
-    leaves = {"x": 0} | {name: position for position, name in enumerate(names, start=2)}
+    leaves = {"x": 0} | {name: at for at, name in enumerate(RCUWeights._fields, start=2)}
     options = {"patch_size": None if case.patch is None else [case.patch] * len(case.space)}
     return Inputs([x, residual, *weights], options, leaves, unit, (grads,))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -83,9 +83,20 @@ def requires_grad(inputs: Inputs, backward: bool) -> dict[str, Tensor]:
     }
 
 
+def function_of(operator: str) -> Callable[..., Any]:
+    """The public function of an operator, which takes tensors one by one."""
+    if operator != "rcu":
+        return getattr(grcsf_kernels, operator)
+
+    def rcu(x: Tensor, maps: Tensor, *weights: Tensor, **options: Any) -> Any:
+        return grcsf_kernels.rcu(x, maps, grcsf_kernels.RCUWeights(*weights), **options)
+
+    return rcu
+
+
 def backend_peer(operator: str, backend: str) -> Peer:
     """The operator of the library on one backend."""
-    function = getattr(grcsf_kernels, operator)
+    function = function_of(operator)
 
     def make(case: Case, inputs: Inputs, backward: bool) -> Runner:
         def forward() -> tuple[Tensor, ...]:

@@ -105,12 +105,12 @@ class GRCSF(ResidualUNet, Pretrained):
             score_channels=score_channels,
         )
 
-    def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor | list[Tensor]:
+    def forward(self, image: Tensor, maps: Tensor | None = None) -> Tensor | list[Tensor]:
         """Segment.
 
         Args:
             image: [B, in_channels, *S].
-            residual: residual maps [B, num_maps, *S], as :class:`grcsf_kernels.nn.ResidualMaps`
+            maps: residual maps [B, num_maps, *S], as :class:`grcsf_kernels.nn.ResidualMaps`
                 makes them; needed with ``use_rcu``, not used without.
 
         Returns:
@@ -118,18 +118,16 @@ class GRCSF(ResidualUNet, Pretrained):
             :meth:`ResidualUNet.forward`.
 
         Raises:
-            TypeError: ``residual`` is no tensor, such as a list of maps.
+            TypeError: ``maps`` is no tensor, such as a list of maps.
             ValueError: a shape that does not fit, or no residual maps with ``use_rcu``.
         """
         features = self.encode(image)
         if self.use_rcu:
-            if residual is not None:
-                check_maps("GRCSF", "residual", residual)
+            if maps is not None:
+                check_maps("GRCSF", "maps", maps)
             expected = (image.shape[0], self.num_maps, *image.shape[2:])
-            if residual is None or tuple(residual.shape) != expected:
-                found = "missing" if residual is None else tuple(residual.shape)
-                raise ValueError(
-                    f"GRCSF: residual is {found}, expected {expected} (or use_rcu=False)"
-                )
-        after = attending(self.rcu, residual, features, self._run)
+            if maps is None or tuple(maps.shape) != expected:
+                found = "missing" if maps is None else tuple(maps.shape)
+                raise ValueError(f"GRCSF: maps is {found}, expected {expected} (or use_rcu=False)")
+        after = attending(self.rcu, maps, features, self._run)
         return self.decode(compensated(self.gcu, features, self._run), after)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from grcsf_kernels.common.dtypes import compute_dtype
 from grcsf_kernels.nn.layers import affine
-from grcsf_kernels.nn.sparse_rcu import gated
-from grcsf_kernels.ops import rcu
+from grcsf_kernels.nn.sparse_rcu import sparse_rcu
+from grcsf_kernels.ops import RCUWeights, rcu
 from grcsf_kernels.ops.checks import check_counts, check_maps, patch_tuple
 from grcsf_kernels.ops.registration import without_autocast
 
@@ -114,7 +114,7 @@ class RCU(nn.Module):
     def forward(
         self,
         x: Tensor,
-        residual: Tensor,
+        maps: Tensor,
         context: Tensor | None = None,
         return_scores: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class RCU(nn.Module):
 
         Args:
             x: [B, channels, *S].
-            residual: [B, num_maps, *S] or [B, num_maps, map_channels, *S]; cast to the dtype of x.
+            maps: [B, num_maps, *S] or [B, num_maps, map_channels, *S]; cast to the dtype of x.
             context: [B, context_channels], a global descriptor of the backbone such as the pooled
                 bottleneck; needed where the module was made with ``context_channels``.
             return_scores: also return the importance scores.
@@ -136,17 +136,17 @@ class RCU(nn.Module):
             ValueError: a shape that does not fit, or a context that is missing or not expected.
             RuntimeError: a layer that is not affine, such as an adapter with dropout in training.
         """
-        self._check(x, residual, context)
+        self._check(x, maps, context)
         weights = self.absorbed(x, context)
-        residual = residual.to(x.dtype)
+        maps = maps.to(x.dtype)
         if self.score_threshold > 0 and not self.training:
-            out, scores = gated(x, residual, weights, self.patch_size, self.score_threshold)
+            out, scores = sparse_rcu(x, maps, weights, self.patch_size, self.score_threshold)
         else:
-            out, scores = rcu(x, residual, *weights, patch_size=self.patch_size)
+            out, scores = rcu(x, maps, weights, patch_size=self.patch_size)
         return (out, scores) if return_scores else out
 
-    def absorbed(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The eight weights that :func:`grcsf_kernels.rcu` takes, from the module's parameters.
+    def absorbed(self, x: Tensor, context: Tensor | None = None) -> RCUWeights:
+        """The weights that :func:`grcsf_kernels.rcu` takes, from the module's parameters.
 
         Differentiable; computed in float32 (float64 for float64 ``x``), also under autocast.
 
@@ -155,11 +155,10 @@ class RCU(nn.Module):
             context: as in :meth:`forward`.
 
         Returns:
-            query_weight, query_bias, value_weight, value_bias, score_weight1, score_bias1,
-            score_weight2 and score_bias2.
+            The absorbed weights.
         """
         with without_autocast(x.device.type):
-            return (*self._attention_weights(x), *self._score_weights(x, context))
+            return RCUWeights(*self._attention_weights(x), *self._score_weights(x, context))
 
     def _attention_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query_weight, query_bias, value_weight and value_bias: docs/operators.md, absorption."""
@@ -207,21 +206,21 @@ class RCU(nn.Module):
         output, output_bias = affine("RCU: score_output", self.score_output, len(bias), like)
         return weight[:, :described], hidden, output[0], output_bias[0]
 
-    def _check(self, x: Tensor, residual: Tensor, context: Tensor | None) -> None:
+    def _check(self, x: Tensor, maps: Tensor, context: Tensor | None) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"RCU: x is a {type(x).__name__}, expected a Tensor")
-        check_maps("RCU", "residual", residual)
+        check_maps("RCU", "maps", maps)
         if x.ndim not in (4, 5) or x.shape[1] != self.channels:
             raise ValueError(
                 f"RCU: x has shape {tuple(x.shape)}, expected [B, {self.channels}, H, W] or "
                 f"[B, {self.channels}, D, H, W]"
             )
         batch, _, *space = x.shape
-        maps = (batch, self.num_maps, self.map_channels, *space)
-        accepted = [maps] + [(batch, self.num_maps, *space)] * (self.map_channels == 1)
-        if tuple(residual.shape) not in accepted:
+        whole = (batch, self.num_maps, self.map_channels, *space)
+        accepted = [whole] + [(batch, self.num_maps, *space)] * (self.map_channels == 1)
+        if tuple(maps.shape) not in accepted:
             raise ValueError(
-                f"RCU: residual has shape {tuple(residual.shape)}, "
+                f"RCU: maps has shape {tuple(maps.shape)}, "
                 f"expected {' or '.join(map(str, reversed(accepted)))}"
             )
         expected = self.context_channels and (batch, self.context_channels)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``rcu`` on the patches alone whose importance score reaches a threshold."""
+"""RCU attention only on patches whose importance score reaches a threshold."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grcsf_kernels.ops import rcu
+from grcsf_kernels.ops import RCUWeights, rcu
 from grcsf_kernels.ops.checks import patch_tuple
 from grcsf_kernels.ops.registration import without_autocast
 from grcsf_kernels.patches import Region, regions
 
 
-def gated(
+def sparse_rcu(
     x: Tensor,
-    residual: Tensor,
-    weights: tuple[Tensor, ...],
+    maps: Tensor,
+    weights: RCUWeights,
     patch_size: int | Sequence[int] | None,
     threshold: float,
 ) -> tuple[Tensor, Tensor]:
@@ -29,23 +29,23 @@ def gated(
 
     Args:
         x: [B, C, *S].
-        residual: [B, K, *S] or [B, K, c, *S], of the dtype of ``x``.
-        weights: the eight of the operator.
+        maps: [B, K, *S] or [B, K, c, *S], of the dtype of ``x``.
+        weights: those of the operator.
         patch_size: as for the operator.
         threshold: from 0 to 1.
 
     Returns:
         The result [B, C, *S] and all scores [B, *G], also of patches that were left out.
     """
-    if residual.ndim == x.ndim:
-        residual = residual.unsqueeze(2)
-    maps, map_channels = residual.shape[1:3]
-    flat = residual.flatten(1, 2)
+    if maps.ndim == x.ndim:
+        maps = maps.unsqueeze(2)
+    count, map_channels = maps.shape[1:3]
+    flat = maps.flatten(1, 2)
     space = x.shape[2:]
     sizes = patch_tuple("rcu", patch_size, len(space)) or space
     sizes = [max(1, min(patch, size)) for patch, size in zip(sizes, space, strict=True)]
     grid = [-(-size // patch) for size, patch in zip(space, sizes, strict=True)]
-    *attention, weight1, bias1, weight2, bias2 = weights
+    _, _, _, _, weight1, bias1, weight2, bias2 = weights
 
     out = x.clone()
     scores = weight1.new_empty((x.shape[0], *grid))
@@ -60,9 +60,9 @@ def gated(
         if not chosen.any():
             continue
         # One sample for each patch now: its bias is that of the sample it came from.
-        weights = (*attention, weight1, bias1[chosen.nonzero()[:, 0]], weight2, bias2)
-        chosen_maps = other[chosen].unflatten(1, (maps, map_channels))
-        compensated, _ = rcu(own[chosen], chosen_maps, *weights, patch_size=None)
+        own_weights = weights._replace(score_hidden_bias=bias1[chosen.nonzero()[:, 0]])
+        chosen_maps = other[chosen].unflatten(1, (count, map_channels))
+        compensated, _ = rcu(own[chosen], chosen_maps, own_weights, patch_size=None)
         _patches(out, region)[chosen] = compensated.to(out.dtype)  # autocast lowers it
     return out, scores
 

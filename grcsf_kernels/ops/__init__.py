@@ -7,7 +7,7 @@ Importing this package registers ``torch.ops.grcsf.*``.
 from __future__ import annotations
 
 from grcsf_kernels.ops.gcu import gcu
-from grcsf_kernels.ops.rcu import rcu
+from grcsf_kernels.ops.rcu import RCUWeights, rcu
 from grcsf_kernels.ops.residual_map import residual_map
 
-__all__ = ["gcu", "rcu", "residual_map"]
+__all__ = ["RCUWeights", "gcu", "rcu", "residual_map"]

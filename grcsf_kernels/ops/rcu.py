@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,37 +12,50 @@ from torch import Tensor
 from grcsf_kernels import dispatch
 from grcsf_kernels.ops import checks, registration
 
-WEIGHTS = (
-    "query_weight",
-    "query_bias",
-    "value_weight",
-    "value_bias",
-    "score_weight1",
-    "score_bias1",
-    "score_weight2",
-    "score_bias2",
-)
+
+class RCUWeights(NamedTuple):
+    """The weights of :func:`rcu`, absorbed as :meth:`grcsf_kernels.nn.RCU.absorbed` gives them.
+
+    float32, or float64 with float64 data. K maps of c channels, h heads, C channels of the
+    features, m hidden units, B samples.
+    """
+
+    query_weight: Tensor
+    """[K, h, c, C], with 1 / sqrt(head dimension) folded in."""
+    query_bias: Tensor
+    """[K, h, c]"""
+    value_weight: Tensor
+    """[K, C, h, c]"""
+    value_bias: Tensor
+    """[K, C]"""
+    score_hidden_weight: Tensor
+    """[m, C + K * c]"""
+    score_hidden_bias: Tensor
+    """[B, m]; it carries the global descriptor, projected outside."""
+    score_output_weight: Tensor
+    """[m]"""
+    score_output_bias: Tensor
+    """A scalar tensor."""
+
+
+WEIGHTS = RCUWeights._fields
+# In the schema of torch.ops.grcsf.rcu, which exported programs name.
+_SCHEMA = (*WEIGHTS[:4], "score_weight1", "score_bias1", "score_weight2", "score_bias2")
 
 
 def rcu(
     x: Tensor,
-    residual: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    score_weight1: Tensor,
-    score_bias1: Tensor,
-    score_weight2: Tensor,
-    score_bias2: Tensor,
+    maps: Tensor,
+    weights: RCUWeights,
     *,
     patch_size: int | Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Add to features what the residual maps of their own patch say, weighed by a score per patch.
+    r"""Cross-attend from features to the residual maps of the same patch, and add the result.
 
-    Voxels i of ``x`` attend to the residual voxels j of the same patch, for each map k and head h,
-    in absorbed form (the key and value projections are folded into the query and the output
-    projection, so that keys and values are the residual voxels themselves):
+    What is added is weighed by an importance score per patch. Voxels i of ``x`` attend to the
+    residual voxels j of the same patch, for each map k and head h, in absorbed form (the key and
+    value projections are folded into the query and the output projection, so that keys and values
+    are the residual voxels themselves):
 
     .. math::
         a_{ikh} &= query\_weight_{kh} \, x_i + query\_bias_{kh} \\
@@ -51,24 +64,17 @@ def rcu(
         out_i &= x_i + scores_{patch(i)} \, y_i
 
     with one score per patch from the means of the patch,
-    ``sigmoid(score_weight2 . relu(score_weight1 [mean(x); mean(residual)] + score_bias1)
-    + score_bias2)``. Edge patches are smaller: only voxels that exist take part. Differentiable
-    once in every tensor. Under autocast ``x`` and ``residual`` are cast to the region's dtype and
-    all weights to float32; logits and softmax are computed in float32 (float64 for float64 data).
+    ``sigmoid(score_output_weight . relu(score_hidden_weight [mean(x); mean(maps)]
+    + score_hidden_bias) + score_output_bias)``. Edge patches are smaller: only voxels that exist
+    take part. Differentiable once in every tensor. Under autocast ``x`` and ``maps`` are cast to
+    the region's dtype and all weights to float32; logits and softmax are computed in float32
+    (float64 for float64 data).
 
     Args:
         x: [B, C, H, W] or [B, C, D, H, W]; float32, float64, bfloat16 or float16.
-        residual: [B, K, c, \*S] of the dtype of ``x``, K residual maps of c channels;
+        maps: residual maps [B, K, c, \*S] of the dtype of ``x``, K maps of c channels;
             [B, K, \*S] is read as c = 1.
-        query_weight: [K, h, c, C] for h heads, with 1 / sqrt(head dimension) folded in; float32
-            (float64 with float64 data), as are all the following.
-        query_bias: [K, h, c].
-        value_weight: [K, C, h, c].
-        value_bias: [K, C].
-        score_weight1: [m, C + K * c], m hidden units.
-        score_bias1: [B, m]; it carries the global descriptor, projected outside.
-        score_weight2: [m].
-        score_bias2: a scalar tensor.
+        weights: the absorbed weights.
         patch_size: voxels per axis, an integer or one for each axis; None: the whole volume is one
             patch (global attention).
 
@@ -83,58 +89,53 @@ def rcu(
     Source: GRCSF (Pattern Recognition 2025, doi 10.1016/j.patcog.2025.112461), region compensation
     unit; absorbed form: docs/operators.md.
     """
-    weights = (
-        query_weight,
-        query_bias,
-        value_weight,
-        value_bias,
-        score_weight1,
-        score_bias1,
-        score_weight2,
-        score_bias2,
-    )
-    named = dict(zip(WEIGHTS, weights, strict=True))
-    checks.require_tensors("rcu", x=x, residual=residual, **named)
-    if residual.ndim == x.ndim:
-        residual = residual.unsqueeze(2)
+    if not isinstance(weights, tuple) or len(weights) != len(WEIGHTS):
+        raise TypeError(
+            f"rcu: weights is a {type(weights).__name__}, expected an RCUWeights: "
+            f"{', '.join(WEIGHTS)}"
+        )
+    checks.require_tensors("rcu", x=x, maps=maps, **dict(zip(WEIGHTS, weights, strict=True)))
+    if maps.ndim == x.ndim:
+        maps = maps.unsqueeze(2)
     sizes = checks.patch_tuple("rcu", patch_size, x.ndim - 2)
-    return torch.ops.grcsf.rcu(x, residual, *weights, patch_size=sizes)
+    return torch.ops.grcsf.rcu(x, maps, *weights, patch_size=sizes)
 
 
-def _check(x: Tensor, residual: Tensor, *weights: Tensor, patch_size: Any) -> None:
+def _check(x: Tensor, maps: Tensor, *weights: Tensor, patch_size: Any) -> None:
     name = "rcu"
     checks.check_data(name, "x", x)
-    if residual.ndim != x.ndim + 1 or any(size < 1 for size in residual.shape[1:3]):
+    if maps.ndim != x.ndim + 1 or any(size < 1 for size in maps.shape[1:3]):
         raise ValueError(
-            f"{name}: residual has shape {tuple(residual.shape)}, expected [B, K, *S] or "
+            f"{name}: maps has shape {tuple(maps.shape)}, expected [B, K, *S] or "
             f"[B, K, c, *S] with K >= 1 and c >= 1 for x of shape {tuple(x.shape)}"
         )
     batch, channels, *space = x.shape
-    maps, map_channels = residual.shape[1:3]
-    expected = (batch, maps, map_channels, *space)
-    checks.check_shape(name, "residual", residual, expected, "[B, K, c, *S] of x")
-    checks.check_like(name, "x", x, residual=residual)
+    count, map_channels = maps.shape[1:3]
+    expected = (batch, count, map_channels, *space)
+    checks.check_shape(name, "maps", maps, expected, "[B, K, c, *S] of x")
+    checks.check_like(name, "x", x, maps=maps)
 
     named = dict(zip(WEIGHTS, weights, strict=True))
-    query_weight, score_weight1 = named["query_weight"], named["score_weight1"]
+    query_weight, score_hidden_weight = named["query_weight"], named["score_hidden_weight"]
     if query_weight.ndim != 4 or query_weight.shape[1] < 1:
         raise ValueError(
             f"{name}: query_weight has shape {tuple(query_weight.shape)}, expected [K, h, c, C]"
         )
-    if score_weight1.ndim != 2 or score_weight1.shape[0] < 1:
+    if score_hidden_weight.ndim != 2 or score_hidden_weight.shape[0] < 1:
         raise ValueError(
-            f"{name}: score_weight1 has shape {tuple(score_weight1.shape)}, expected [m, C + K * c]"
+            f"{name}: score_hidden_weight has shape {tuple(score_hidden_weight.shape)}, "
+            "expected [m, C + K * c]"
         )
-    heads, hidden = query_weight.shape[1], score_weight1.shape[0]
+    heads, hidden = query_weight.shape[1], score_hidden_weight.shape[0]
     shapes = {
-        "query_weight": ((maps, heads, map_channels, channels), "[K, h, c, C]"),
-        "query_bias": ((maps, heads, map_channels), "[K, h, c]"),
-        "value_weight": ((maps, channels, heads, map_channels), "[K, C, h, c]"),
-        "value_bias": ((maps, channels), "[K, C]"),
-        "score_weight1": ((hidden, channels + maps * map_channels), "[m, C + K * c]"),
-        "score_bias1": ((batch, hidden), "[B, m]"),
-        "score_weight2": ((hidden,), "[m]"),
-        "score_bias2": ((), "a scalar"),
+        "query_weight": ((count, heads, map_channels, channels), "[K, h, c, C]"),
+        "query_bias": ((count, heads, map_channels), "[K, h, c]"),
+        "value_weight": ((count, channels, heads, map_channels), "[K, C, h, c]"),
+        "value_bias": ((count, channels), "[K, C]"),
+        "score_hidden_weight": ((hidden, channels + count * map_channels), "[m, C + K * c]"),
+        "score_hidden_bias": ((batch, hidden), "[B, m]"),
+        "score_output_weight": ((hidden,), "[m]"),
+        "score_output_bias": ((), "a scalar"),
     }
     for weight, (shape, meaning) in shapes.items():
         checks.check_shape(name, weight, named[weight], shape, meaning)
@@ -147,11 +148,11 @@ def _check_backward(
     grad_scores: Tensor,
     scores: Tensor,
     x: Tensor,
-    residual: Tensor,
+    maps: Tensor,
     *weights_and_options: Any,
 ) -> None:
     *weights, patch_size, needs = weights_and_options
-    _check(x, residual, *weights, patch_size=patch_size)
+    _check(x, maps, *weights, patch_size=patch_size)
     name = "rcu_backward"
     checks.check_shape(name, "grad_out", grad_out, x.shape, "the shape of x")
     checks.check_like(name, "x", x, grad_out=grad_out)
@@ -174,13 +175,13 @@ def _grid(x: Tensor, patch_size: Sequence[int] | None) -> list[int]:
 
 
 def _forward(
-    x: Tensor, residual: Tensor, *weights: Tensor, patch_size: Sequence[int] | None
+    x: Tensor, maps: Tensor, *weights: Tensor, patch_size: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    _check(x, residual, *weights, patch_size=patch_size)
+    _check(x, maps, *weights, patch_size=patch_size)
     layout = checks.layout_of(x)
     out, scores = dispatch.implementation("rcu", x).forward(
         checks.dense(x, layout),
-        checks.dense(residual),
+        checks.dense(maps),
         *(checks.dense(weight) for weight in weights),
         _patch_sizes(x, patch_size),
     )
@@ -188,9 +189,9 @@ def _forward(
 
 
 def _forward_fake(
-    x: Tensor, residual: Tensor, *weights: Tensor, patch_size: Sequence[int] | None
+    x: Tensor, maps: Tensor, *weights: Tensor, patch_size: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    _check(x, residual, *weights, patch_size=patch_size)
+    _check(x, maps, *weights, patch_size=patch_size)
     scores = weights[0].new_empty((x.shape[0], *_grid(x, patch_size)))
     return checks.empty(x.shape, x, checks.layout_of(x)), scores
 
@@ -200,10 +201,10 @@ def _backward(
     grad_scores: Tensor,
     scores: Tensor,
     x: Tensor,
-    residual: Tensor,
+    maps: Tensor,
     *weights_and_options: Any,
 ) -> tuple[Tensor, ...]:
-    _check_backward(grad_out, grad_scores, scores, x, residual, *weights_and_options)
+    _check_backward(grad_out, grad_scores, scores, x, maps, *weights_and_options)
     *weights, patch_size, needs = weights_and_options
     layout = checks.layout_of(x)
     grads = dispatch.implementation("rcu", x).backward(
@@ -211,7 +212,7 @@ def _backward(
         checks.dense(grad_scores),
         checks.dense(scores),
         checks.dense(x, layout),
-        checks.dense(residual),
+        checks.dense(maps),
         *(checks.dense(weight) for weight in weights),
         _patch_sizes(x, patch_size),
         needs,
@@ -219,7 +220,7 @@ def _backward(
     layouts = [layout] + [torch.contiguous_format] * (1 + len(weights))
     return tuple(
         registration.given(grad, like, own)
-        for grad, like, own in zip(grads, (x, residual, *weights), layouts, strict=True)
+        for grad, like, own in zip(grads, (x, maps, *weights), layouts, strict=True)
     )
 
 
@@ -228,15 +229,15 @@ def _backward_fake(
     grad_scores: Tensor,
     scores: Tensor,
     x: Tensor,
-    residual: Tensor,
+    maps: Tensor,
     *weights_and_options: Any,
 ) -> tuple[Tensor, ...]:
-    _check_backward(grad_out, grad_scores, scores, x, residual, *weights_and_options)
+    _check_backward(grad_out, grad_scores, scores, x, maps, *weights_and_options)
     *weights, _, needs = weights_and_options
     layouts = [checks.layout_of(x)] + [torch.contiguous_format] * (1 + len(weights))
     return tuple(
         checks.empty(like.shape, like, layout) if need else like.new_empty((0,))
-        for like, layout, need in zip((x, residual, *weights), layouts, needs, strict=True)
+        for like, layout, need in zip((x, maps, *weights), layouts, needs, strict=True)
     )
 
 
@@ -259,7 +260,7 @@ def _autocast(dtype: torch.dtype, *args: Tensor) -> tuple[Tensor, ...]:
     return (*data, *(registration.cast_weight(weight) for weight in args[2:]))
 
 
-_WEIGHT_SCHEMA = ", ".join(f"Tensor {name}" for name in WEIGHTS)
+_WEIGHT_SCHEMA = ", ".join(f"Tensor {name}" for name in _SCHEMA)
 
 registration.define(
     "rcu",

@@ -235,10 +235,10 @@ class Maker:
             "query_bias": [maps, heads, own],
             "value_weight": [maps, channels, heads, own],
             "value_bias": [maps, channels],
-            "score_weight1": [hidden, channels + maps * own],
-            "score_bias1": [batch, hidden],
-            "score_weight2": [hidden],
-            "score_bias2": [],
+            "score_hidden_weight": [hidden, channels + maps * own],
+            "score_hidden_bias": [batch, hidden],
+            "score_output_weight": [hidden],
+            "score_output_bias": [],
         }
         map_shape = [batch, maps, *space]
         if own > 1 or self.random.random() < 0.7:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from fuzz.arguments import Call, Maker
 from fuzz.refusals import check_refusal
-from support import TOLERANCES
+from support import TOLERANCES, function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -73,7 +73,7 @@ def run(call: Call, incoming: Sequence[Tensor], exact: bool = False) -> list[Ten
     for argument, need in zip(arguments, call.needs, strict=True):
         if argument is not None and argument.is_floating_point():
             argument.requires_grad_(need)
-    outputs = getattr(grcsf_kernels, call.operator)(*arguments, **call.options)
+    outputs = function(call.operator)(*arguments, **call.options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = [a for a, need in zip(arguments, call.needs, strict=True) if need]
     gradients = [g.to(o.dtype) for g, o in zip(incoming, outputs, strict=True)]
@@ -275,7 +275,7 @@ def check(case: int) -> str:
     isa, threads = maker.random.choice(isas()), maker.random.choice((1, 2, 3))
     with FakeTensorMode() as mode:
         arguments = [None if a is None else mode.from_tensor(a) for a in call.arguments]
-        shapes = getattr(grcsf_kernels, call.operator)(*arguments, **call.options)
+        shapes = function(call.operator)(*arguments, **call.options)
     shapes = shapes if isinstance(shapes, tuple) else (shapes,)
     incoming = [maker.placed(maker.values(list(o.shape), o.dtype)) for o in shapes]
     sizes = [None if a is None else (tuple(a.shape), a.dtype, a.stride()) for a in call.arguments]

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from fuzz.arguments import Maker
+from support import function
 from torch import Tensor
-
-import grcsf_kernels
 
 REFUSALS = (TypeError, ValueError)
 
@@ -62,7 +61,7 @@ def _acceptable(name: str, changed: Tensor, original: Tensor, hidden: Tensor | N
 
 def _backward_arguments(operator: str, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
     """Of the backward operator: its tensors, its options, and which gradients it gives."""
-    outputs = getattr(grcsf_kernels, operator)(*arguments, **options)
+    outputs = function(operator)(*arguments, **options)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     grads = [torch.ones_like(output) for output in outputs]
     tensors = list(arguments)
@@ -132,7 +131,7 @@ def check_refusal(maker: Maker) -> str:
         if backward:
             getattr(torch.ops.grcsf, f"{call.operator}_backward")(*tensors, *values, needs)
         else:
-            getattr(grcsf_kernels, call.operator)(*tensors, **options)
+            function(call.operator)(*tensors, **options)
     except REFUSALS as refusal:
         assert call.operator in str(refusal), f"{call.operator}{suffix}: {what}: {refusal}"
     except Exception as other:

@@ -96,10 +96,10 @@ def test_compiles_in_one_graph():
         (lambda: make(spatial_dims=1), "spatial_dims is 1"),
         (lambda: make(channels=(4,)), "at least two levels"),
         (lambda: make(blocks_per_level=0), "blocks_per_level is 0"),
-        (lambda: make()(torch.zeros(1, 1, 8, 8, 8)), "residual is missing"),
+        (lambda: make()(torch.zeros(1, 1, 8, 8, 8)), "maps is missing"),
         (
             lambda: make()(torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 3, 8, 8, 8)),
-            "residual is",
+            "maps is",
         ),
         (lambda: make()(torch.zeros(1, 2, 8, 8, 8)), "image has shape"),
     ],

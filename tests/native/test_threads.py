@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import LAYOUTS, run_python
+from support import LAYOUTS, function, run_python
 
 import grcsf_kernels
 
@@ -45,7 +45,7 @@ def call(operator, space, patch, channels, map_channels, layout):
     for argument in arguments:
         argument.requires_grad_()
     with grcsf_kernels.use_backend("cpu"):
-        outputs = getattr(grcsf_kernels, operator)(*arguments, **options)
+        outputs = function(operator)(*arguments, **options)
         grads = torch.autograd.grad(outputs, arguments, [random(*o.shape) for o in outputs])
     return [*outputs, *grads]
 
@@ -86,7 +86,10 @@ def inputs(space, channels=32):
     shapes = [(2, 4, 1, 32), (2, 4, 1), (2, 32, 4, 1), (2, 32), (8, 34), (1, 8), (8,), ()]
     maps = torch.rand(1, 2, 1, space, space, space)
     return [x, maps, *(0.1 * torch.randn(shape) for shape in shapes)]
-function = getattr(grcsf_kernels, operator)
+def function(x, y, *more, **options):
+    if operator == "gcu":
+        return grcsf_kernels.gcu(x, y, *more, **options)
+    return grcsf_kernels.rcu(x, y, grcsf_kernels.RCUWeights(*more), **options)
 options = {} if operator == "gcu" else {"patch_size": patch}
 def run(arguments, direction):
     if direction == "forward":

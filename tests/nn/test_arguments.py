@@ -31,11 +31,11 @@ def compensated(**options):
         (lambda: GRCSF(rcu_levels=0), TypeError, r"rcu_levels is 0, .*: \(0,\) for level 0"),
         (lambda: compensated(rcu_levels=1), TypeError, r"rcu_levels is 1, .*: \(1,\) for level 1"),
         (lambda: compensated(rcu_levels=(0.5,)), TypeError, r"rcu_levels is \(0.5,\)"),
-        (lambda: RCU(4)(X, [MAP, MAP]), TypeError, f"RCU: residual is a list, {REMEDY}"),
+        (lambda: RCU(4)(X, [MAP, MAP]), TypeError, f"RCU: maps is a list, {REMEDY}"),
         (
             lambda: GRCSF(channels=(4, 8), spatial_dims=2)(MAP, (MAP, MAP)),
             TypeError,
-            f"GRCSF: residual is a tuple, {REMEDY}",
+            f"GRCSF: maps is a tuple, {REMEDY}",
         ),
         (lambda: compensated()([MAP, MAP]), TypeError, "CompensatedUNet: x is a list"),
         (lambda: RCU(4)(None, MAP), TypeError, "RCU: x is a NoneType"),

@@ -96,8 +96,8 @@ def test_a_module_in_bfloat16():
         (lambda: RCU(4, 0), "num_maps is 0"),
         (lambda: RCU(4, head_dim=0), "head_dim is 0"),
         (lambda: RCU(4)(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 4, 4)), "x has shape"),
-        (lambda: RCU(4)(torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 4, 4)), "residual has shape"),
-        (lambda: RCU(4)(torch.zeros(1, 4, 4, 4), torch.zeros(1, 2, 4, 5)), "residual has shape"),
+        (lambda: RCU(4)(torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 4, 4)), "maps has shape"),
+        (lambda: RCU(4)(torch.zeros(1, 4, 4, 4), torch.zeros(1, 2, 4, 5)), "maps has shape"),
         (
             lambda: RCU(4, context_channels=3)(torch.zeros(1, 4, 4, 4), torch.zeros(1, 2, 4, 4)),
             r"context is missing, expected \(1, 3\)",

@@ -6,8 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grcsf_kernels.nn import RCU
-from grcsf_kernels.nn import sparse_rcu as gated
+from grcsf_kernels.nn import RCU, sparse_rcu
 
 CASES = [((7, 6, 9), 3), ((8, 8, 8), (4, 2, 8)), ((7, 10), 4), ((5, 4, 6), None), ((3, 3), 8)]
 
@@ -61,7 +60,7 @@ def test_a_threshold_of_0_is_the_operator_to_the_bit(space, patch, monkeypatch):
     module, x, maps, context = unit(space, patch)
     with torch.no_grad():
         expected = module(x, maps, context)
-        monkeypatch.setattr("grcsf_kernels.nn.rcu.gated", None)  # it is not even asked
+        monkeypatch.setattr("grcsf_kernels.nn.rcu.sparse_rcu", None)  # it is not even asked
         module.score_threshold = 0.0
         assert torch.equal(module(x, maps, context), expected)
 
@@ -79,9 +78,9 @@ def test_only_chosen_patches_are_computed(monkeypatch):
         _, scores = module(x, maps, context, return_scores=True)
         threshold = float(scores.flatten().sort().values[-5]) - 1e-6
         computed = []
-        original = gated.rcu
+        original = sparse_rcu.rcu
         monkeypatch.setattr(
-            gated, "rcu", lambda x, *a, **k: computed.append(len(x)) or original(x, *a, **k)
+            sparse_rcu, "rcu", lambda x, *a, **k: computed.append(len(x)) or original(x, *a, **k)
         )
         module.score_threshold = threshold
         module(x, maps, context)

@@ -7,9 +7,8 @@ import math
 
 import pytest
 import torch
-from support import example
+from support import example, rcu
 
-import grcsf_kernels
 from grcsf_kernels.dispatch import OPERATORS
 
 for_every_operator = pytest.mark.parametrize("operator", OPERATORS)
@@ -118,8 +117,8 @@ def test_huge_patch_sizes_are_refused(operator, patch_size):
 
 def test_a_patch_larger_than_the_volume_is_the_whole_volume():
     case = example("rcu")
-    whole = grcsf_kernels.rcu(*case.arguments, patch_size=None)
-    found = grcsf_kernels.rcu(*case.arguments, patch_size=2**63 - 1)
+    whole = rcu(*case.arguments, patch_size=None)
+    found = rcu(*case.arguments, patch_size=2**63 - 1)
     for one, two in zip(whole, found, strict=True):
         assert torch.equal(one, two)
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from support import ALL_RUNS, assert_close
+from support import ALL_RUNS, assert_close, function, rcu
 
 import grcsf_kernels
 
@@ -106,7 +106,7 @@ def rcu_call(maps, patch, scale=1.0, dtype=torch.float32, device="cpu"):
     arguments = [x, maps.to(device, dtype), *weights]
     for argument in arguments:
         argument.requires_grad_()
-    outputs = grcsf_kernels.rcu(*arguments, patch_size=patch)
+    outputs = rcu(*arguments, patch_size=patch)
     grads = torch.autograd.grad(outputs, arguments, [torch.ones_like(o) for o in outputs])
     return [*outputs, *grads]
 
@@ -144,7 +144,7 @@ def _on_both(operator, arguments, **options):
     for backend in ("cpu", "reference"):
         own = [argument.clone().requires_grad_() for argument in arguments]
         with grcsf_kernels.use_backend(backend):
-            outputs = getattr(grcsf_kernels, operator)(*own, **options)
+            outputs = function(operator)(*own, **options)
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
         found.append([*(o.detach() for o in outputs), *(argument.grad for argument in own)])
     return zip(*found, strict=True)
@@ -228,7 +228,7 @@ def far_maps(map_channels):
 def results_of_rcu(arguments, dtype, device, patch):
     """Outputs, and the gradients of x, the maps and the query's and value's weights."""
     own = [argument.to(device, dtype).requires_grad_() for argument in arguments]
-    outputs = grcsf_kernels.rcu(*own, patch_size=patch)
+    outputs = rcu(*own, patch_size=patch)
     generator = torch.Generator().manual_seed(1)
     incoming = torch.randn(outputs[0].shape, generator=generator).to(device, dtype)
     grads = torch.autograd.grad(outputs[0], own[:6], incoming)

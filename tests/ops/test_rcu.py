@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, LAYOUTS, assert_close, runs_on, slow
+from support import DTYPES, LAYOUTS, assert_close, rcu, runs_on, slow
 
-from grcsf_kernels import rcu, use_backend
+from grcsf_kernels import use_backend
 from grcsf_kernels.ops.rcu import WEIGHTS
 from grcsf_kernels.reference import rcu as reference_rcu
 
 on_every_backend = pytest.mark.parametrize(("backend", "device"), runs_on("rcu"))
-NAMES = ("x", "residual", *WEIGHTS)
+NAMES = ("x", "maps", *WEIGHTS)
 
 
 def textbook(x, residual, heads, patch, scores):
@@ -283,17 +283,22 @@ def error_cases():
         return replace(name, good[NAMES.index(name)][..., :-1])
 
     return [
-        (replace("residual", 3.0), 2, TypeError, "residual is a float"),
+        (replace("maps", 3.0), 2, TypeError, "maps is a float"),
         (replace("x", good[0].int()), 2, TypeError, "x is torch.int32"),
-        (replace("residual", good[1].double()), 2, TypeError, "residual is torch.float64"),
+        (replace("maps", good[1].double()), 2, TypeError, "maps is torch.float64"),
         (replace("query_bias", good[3].half()), 2, TypeError, "query_bias is torch.float16"),
         (replace("x", good[0][0, 0]), 2, ValueError, r"\[B, C, H, W\]"),
-        (cut("residual"), 2, ValueError, "residual has shape"),
-        (replace("residual", good[1][0, 0]), 2, ValueError, "residual has shape"),
+        (cut("maps"), 2, ValueError, "maps has shape"),
+        (replace("maps", good[1][0, 0]), 2, ValueError, "maps has shape"),
         (replace("query_weight", good[2][0]), 2, ValueError, r"\[K, h, c, C\]"),
-        (replace("score_weight1", good[6][0]), 2, ValueError, r"\[m, C \+ K \* c\]"),
+        (replace("score_hidden_weight", good[6][0]), 2, ValueError, r"\[m, C \+ K \* c\]"),
         *((cut(n), 2, ValueError, f"{n} has shape") for n in WEIGHTS[:-1]),
-        (replace("score_bias2", torch.zeros(1)), 2, ValueError, "score_bias2 has shape"),
+        (
+            replace("score_output_bias", torch.zeros(1)),
+            2,
+            ValueError,
+            "score_output_bias has shape",
+        ),
         (replace("value_bias", good[5].to("meta")), 2, ValueError, "value_bias is on meta"),
         (good, 0, ValueError, "patch_size is 0"),
         (good, (2, 2, 2), ValueError, "each of the 2 spatial axes"),

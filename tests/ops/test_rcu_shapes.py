@@ -12,14 +12,14 @@ import math
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, assert_close, interpreted, runs_on, slow
+from support import DTYPES, LAYOUTS, assert_close, interpreted, rcu, runs_on, slow
 
-from grcsf_kernels import rcu, use_backend
+from grcsf_kernels import use_backend
 from grcsf_kernels.ops.rcu import WEIGHTS
 
 RUNS = [run for run in runs_on("rcu") if run[0] != "reference"]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), RUNS)
-NAMES = ("x", "residual", *WEIGHTS)
+NAMES = ("x", "maps", *WEIGHTS)
 
 # space, patch, and (C, heads, maps, channels of a map)
 SMALL = {
@@ -168,7 +168,7 @@ def test_a_frozen_map_changes_no_other_gradient(backend, device, name):
     """Without the gradient of the map, the usual case, another path runs."""
     arguments, patch = case(name, backend, torch.float32, device)
     arguments[1].requires_grad_(False)
-    needs = tuple(n for n in NAMES if n != "residual")
+    needs = tuple(n for n in NAMES if n != "maps")
     check(backend, arguments, patch, torch.float32, needs)
 
 
@@ -194,7 +194,7 @@ def test_rows_of_whole_vectors(backend, device, dtype):
     """Patches that a block of a CUDA kernel takes, several each, with edges; no map's gradient."""
     arguments = make((5, 6, 24), (13, 2, 2, 1), dtype, device, batch=1)
     arguments[1].requires_grad_(False)
-    check(backend, arguments, (4, 4, 8), dtype, tuple(n for n in NAMES if n != "residual"))
+    check(backend, arguments, (4, 4, 8), dtype, tuple(n for n in NAMES if n != "maps"))
 
 
 @on_every_backend
@@ -211,8 +211,8 @@ def test_a_gradient_that_is_not_finite_stops_at_hidden_units_that_are_off(backen
     """NaN reaches x through the score where a unit passes, and nowhere else."""
     arguments = make((4, 4, 16), (4, 2, 1, 1), device=device)
     with torch.no_grad():
-        arguments[NAMES.index("score_bias1")][0] = -100
-        arguments[NAMES.index("score_bias1")][1] = 100
+        arguments[NAMES.index("score_hidden_bias")][0] = -100
+        arguments[NAMES.index("score_hidden_bias")][1] = 100
     with use_backend(backend):
         out, scores = rcu(*arguments, patch_size=(4, 4, 8))
         nan = torch.full_like(scores, torch.nan)
@@ -230,7 +230,9 @@ def test_a_batch_of_samples_is_its_samples(backend, device):
             together = rcu(*arguments, patch_size=patch)
             for i in range(3):
                 own = [a[i : i + 1] for a in arguments[:2]] + arguments[2:]
-                own[NAMES.index("score_bias1")] = arguments[NAMES.index("score_bias1")][i : i + 1]
+                own[NAMES.index("score_hidden_bias")] = arguments[NAMES.index("score_hidden_bias")][
+                    i : i + 1
+                ]
                 alone = rcu(*own, patch_size=patch)
                 for one, two in zip(alone, together, strict=True):
                     assert_close(two[i : i + 1], one, torch.float64, what=f"{patch} {i}")

@@ -12,9 +12,9 @@ from functools import cache
 
 import pytest
 import torch
-from support import assert_close, runs_on, slow
+from support import assert_close, rcu, runs_on, slow
 
-from grcsf_kernels import rcu, use_backend
+from grcsf_kernels import use_backend
 
 RUNS = [run for run in runs_on("rcu") if run[0] != "reference"]
 

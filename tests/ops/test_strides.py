@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from support import ALL_RUNS, LAYOUTS, slow
+from support import ALL_RUNS, LAYOUTS, function, rcu, slow
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grcsf_kernels
@@ -68,7 +68,7 @@ def run(operator, arguments, options, strides_of_gradients=None):
         a.detach().requires_grad_() if a is not None and a.is_floating_point() else a
         for a in arguments
     ]
-    outputs = getattr(grcsf_kernels, operator)(*arguments, **options)
+    outputs = function(operator)(*arguments, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
     incoming = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
@@ -112,8 +112,8 @@ def test_maps_from_numpy_with_axes_that_numpy_added(backend):
     shapes = [(2, 3, 1, 3), (2, 3, 1), (2, 3, 3, 1), (2, 3), (4, 5), (1, 4), (4,), ()]
     weights = [torch.randn(shape) for shape in shapes]
     with grcsf_kernels.use_backend(backend):
-        found = grcsf_kernels.rcu(x, maps, *weights, patch_size=3)
-        expected = grcsf_kernels.rcu(x, maps.clone(), *weights, patch_size=3)
+        found = rcu(x, maps, *weights, patch_size=3)
+        expected = rcu(x, maps.clone(), *weights, patch_size=3)
     for one, two in zip(expected, found, strict=True):
         assert torch.equal(one, two)
 
