@@ -46,7 +46,7 @@ sanitize: $(VENV)/.installed
 sanitize-quick: $(VENV)/.installed
 	$(BIN)/python tests/native/sanitize.py --quick
 
-# The CUDA kernels without a GPU: compiled as C++, every thread a fibre, under sanitizers. Of some
+# The CUDA kernels without a GPU: compiled as C++, every thread a fiber, under sanitizers. Of some
 # tests only: make emulate TESTS="tests/ops/test_gcu.py -k cuda-emulated"
 emulate: $(VENV)/.installed
 	$(BIN)/python tests/native/sanitize.py --sanitizer emulated -- $(TESTS)

@@ -5,8 +5,8 @@
 
 #include <pybind11/stl.h>
 
-#include "cpu/runtime/parallel.h"
 #include "cpu/runtime/isa.h"
+#include "cpu/runtime/parallel.h"
 #ifdef GRCSF_HAVE_CUDA
 #include "cuda/runtime/device_info.h"
 #endif

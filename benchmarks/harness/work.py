@@ -57,7 +57,7 @@ def gcu(
     backward: bool,
     **options: object,
 ) -> Work:
-    """Interpolation counts 6 operations a value: three axes, each shared by neighbours."""
+    """Interpolation counts 6 operations a value: three axes, each shared by neighbors."""
     map_bytes = skip.nbytes // max(skip.shape[1], 1)
     inputs = _bytes(skip, deep, skip_gate, deep_gate)
     work = Work(inputs + skip.nbytes + map_bytes, 16 * skip.numel())

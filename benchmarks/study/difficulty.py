@@ -18,7 +18,7 @@ from grcsf_kernels.engine.evaluation.metrics import dice, lesion_f1
 from grcsf_kernels.engine.io.datasets import find_cases
 from grcsf_kernels.engine.report import Report
 
-_SCALES = (1.0, 2.0, 4.0)  # voxels, of the neighbourhoods whose mean a model sees
+_SCALES = (1.0, 2.0, 4.0)  # voxels, of the neighborhoods whose mean a model sees
 _WIDE = (8.0, 16.0)
 _VOXELS = 4000  # of each kind that a model learns from, in every subject
 _LEVELS = np.linspace(0.02, 0.98, 49)
@@ -35,11 +35,11 @@ def measure_difficulty(
     * ``threshold``: darker than a value of the normalized image, the best one of the training
       subjects.
     * ``intensity``: the share of lesion voxels at each intensity, by boosted trees.
-    * ``neighbourhood``: the same with the means of the neighbourhood at three scales, and the place
+    * ``neighborhood``: the same with the means of the neighborhood at three scales, and the place
       in the head.
-    * ``neighbourhood and maps``, with ``maps``: the same with the residual maps and their means of
-      the neighbourhood. What it gains is what the maps know beyond these means of the image.
-    * ``wide neighbourhood``, with ``maps``: without them, with means at two further scales.
+    * ``neighborhood and maps``, with ``maps``: the same with the residual maps and their means of
+      the neighborhood. What it gains is what the maps know beyond these means of the image.
+    * ``wide neighborhood``, with ``maps``: without them, with means at two further scales.
 
     Args:
         training: folder of subjects that the models are fitted on.
@@ -53,9 +53,9 @@ def measure_difficulty(
     measured = _read(held_out, maps and maps[1])
     levels = np.linspace(-3, 1.5, 46)
     found = {"threshold": _scores(lambda case: -case[0], -levels, learn, measured)}
-    models = {"intensity": _intensity, "neighbourhood": _neighbourhood}
+    models = {"intensity": _intensity, "neighborhood": _neighborhood}
     if maps:
-        models |= {"neighbourhood and maps": _with_maps, "wide neighbourhood": _wide}
+        models |= {"neighborhood and maps": _with_maps, "wide neighborhood": _wide}
     for name, features in models.items():
         model = _fit(features, learn)
 
@@ -85,7 +85,7 @@ def _intensity(case: Case) -> NDArray[np.float32]:
     return case[0][..., None]
 
 
-def _neighbourhood(case: Case) -> NDArray[np.float32]:
+def _neighborhood(case: Case) -> NDArray[np.float32]:
     image = case[0]
     means = [ndimage.gaussian_filter(image, sigma) for sigma in _SCALES]
     places = np.indices(image.shape, np.float32)
@@ -96,13 +96,13 @@ def _neighbourhood(case: Case) -> NDArray[np.float32]:
 
 def _wide(case: Case) -> NDArray[np.float32]:
     means = [ndimage.gaussian_filter(case[0], sigma) for sigma in _WIDE]
-    return np.concatenate([_neighbourhood(case), np.stack(means, axis=-1)], axis=-1)
+    return np.concatenate([_neighborhood(case), np.stack(means, axis=-1)], axis=-1)
 
 
 def _with_maps(case: Case) -> NDArray[np.float32]:
     assert case[3] is not None
     means = [ndimage.gaussian_filter(one, sigma) for one in case[3] for sigma in _SCALES]
-    return np.concatenate([_neighbourhood(case), np.stack([*case[3], *means], axis=-1)], axis=-1)
+    return np.concatenate([_neighborhood(case), np.stack([*case[3], *means], axis=-1)], axis=-1)
 
 
 def _fit(features: Any, cases: list[Case]) -> HistGradientBoostingClassifier:

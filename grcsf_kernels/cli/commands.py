@@ -81,22 +81,22 @@ _FILES = (".nii", ".nii.gz", ".safetensors", ".yaml", ".json", ".html")
 
 Config = TypeVar("Config")
 Data = Annotated[Path, typer.Argument(help="<case>_image.nii.gz, images/, nnU-Net or BIDS.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Output folder.")]
 Settings = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML; all settings: grcsf config COMMAND.")
 ]
 Preset = Annotated[
     _Preset | None,
-    typer.Option(help="small: to try it out on a CPU in an hour or so; before it: --config."),
+    typer.Option(help="small: to try it on a CPU in about an hour; --config overrides it."),
 ]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; before the one in --config.")]
-Seed = Annotated[int | None, typer.Option(help="Before the one in --config.")]
-Epochs = Annotated[int | None, typer.Option(help="Before the one in --config.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides --config.")]
+Seed = Annotated[int | None, typer.Option(help="Overrides --config.")]
+Epochs = Annotated[int | None, typer.Option(help="Overrides --config.")]
 Autoencoders = Annotated[
     list[Path] | None,
     typer.Option("--autoencoder", "-a", help="A file of grcsf pretrain; once for each map."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make finished cases again.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Recompute finished cases.")]
 
 
 def _command(function: Callable[..., engine.Report | None]) -> Callable[..., None]:
@@ -135,7 +135,9 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="And nothing else."),
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -250,7 +252,7 @@ def train(
     seed: Seed = None,
     epochs: Epochs = None,
     fold: Annotated[
-        int | None, typer.Option(help="With folds or splits_file; before the one in --config.")
+        int | None, typer.Option(help="With folds or splits_file; overrides --config.")
     ] = None,
     preset: Preset = None,
 ) -> engine.Report:
@@ -288,7 +290,7 @@ def predict(
     uncertainty: Annotated[
         bool | None, typer.Option("--uncertainty", help="Write their entropy in bits as well.")
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="Before the one in --config.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Overrides --config.")] = None,
     overwrite: Overwrite = False,
     config: Settings = None,
     device: Device = None,
@@ -323,10 +325,10 @@ def evaluate(
     labels: Annotated[Path, typer.Argument(help="Folder of images with labels.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for what is written; that of the masks."),
+        typer.Option("--output", "-o", help="Output folder (default: PREDICTIONS)."),
     ] = None,
     cases: Annotated[
-        int | None, typer.Option(help="Cases whose slices are shown; before the one in --config.")
+        int | None, typer.Option(help="Cases whose slices are shown; overrides --config.")
     ] = None,
     lesion_label: Annotated[
         list[int] | None, typer.Option(help="A label value that is a lesion; once for each.")
@@ -389,7 +391,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all files.")] = Path(
         "demo"
     ),
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
     """Pretrain, train and segment on a real brain with synthetic lesions, in a few minutes."""
     from grcsf_kernels.demo import run_demo

@@ -46,7 +46,10 @@ def explain(error: BaseException, doing: str, output: object = None) -> tuple[st
     problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
     if isinstance(error, KeyboardInterrupt):
         stopped = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        return "stopped: what is finished is kept, the same call goes on", 128 + stopped
+        return (
+            "interrupted: finished cases are kept; run the same command again to resume",
+            128 + stopped,
+        )
     if isinstance(error, BrokenPipeError):  # whoever read the output has gone
         return "", 128 + signal.SIGPIPE
     if isinstance(error, InputError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels save: one training step of a network, with them and on the reference."""
+"""Time one training step with the fused kernels and with the reference."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory for volumes: of the process, or of nameless files that the system may swap out."""
+"""Volume buffers in RAM or in anonymous memory-mapped files."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class OptimizationConfig:
     """What pretraining and training share: AdamW, warm-up, cosine decay to 0."""
 
     epochs: Count = 200
-    """Each ends with a state from which the run can go on."""
+    """A training state is written after each."""
     steps_per_epoch: Count = 100
     """Steps of the optimizer."""
     batch_size: Count = 2
@@ -147,13 +147,13 @@ class OptimizationConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """Of several processes: ddp, or fsdp (weights in parts); auto: ddp."""
     timeout_minutes: Annotated[float, Bounds(above=0), Bounds(most=1_000_000)] = 30.0
-    """For which a process waits for the others; longer than a validation."""
+    """Of collectives between processes; must exceed one validation pass."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     compile: bool = False
     """torch.compile."""
     seed: Seed = 0
-    """Of everything random."""
+    """Random seed."""
     cache_gb: NotNegative = 8.0
     """Of cases kept in memory; the rest are read again when needed."""
     cache_dir: str | None = None

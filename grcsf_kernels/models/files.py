@@ -92,7 +92,7 @@ def load_model(path: Path, cls: type[Model]) -> Model:
         if kind != kind_of(cls):
             raise InputError(
                 path,
-                f"holds a {kind}, and a {kind_of(cls)} is expected here",
+                f"contains a {kind} model, expected a {kind_of(cls)}",
                 "segmentation models come from grcsf train, autoencoders from grcsf pretrain",
             )
         return cls
@@ -105,7 +105,7 @@ def load_any(path: Path) -> Pretrained:
 
     def choose(kind: str) -> type[Pretrained]:
         if kind not in KINDS:
-            raise InputError(path, f"holds a {kind}", f"expected {' or '.join(KINDS)}")
+            raise InputError(path, f"contains a {kind} model", f"expected {' or '.join(KINDS)}")
         return KINDS[kind]
 
     return _load(Path(path), choose)

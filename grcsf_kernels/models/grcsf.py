@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grcsf_kernels.models.pretrained import Pretrained
 from grcsf_kernels.models.unet import ResidualUNet
-from grcsf_kernels.nn.unet_units import attending, compensated, make_gcus, make_rcus
+from grcsf_kernels.nn.unet_units import apply_gcus, decoder_hook, make_gcus, make_rcus
 from grcsf_kernels.ops.checks import check_levels, check_maps
 
 
@@ -129,5 +129,5 @@ class GRCSF(ResidualUNet, Pretrained):
             if maps is None or tuple(maps.shape) != expected:
                 found = "missing" if maps is None else tuple(maps.shape)
                 raise ValueError(f"GRCSF: maps is {found}, expected {expected} (or use_rcu=False)")
-        after = attending(self.rcu, maps, features, self._run)
-        return self.decode(compensated(self.gcu, features, self._run), after)
+        after = decoder_hook(self.rcu, maps, features, self._run)
+        return self.decode(apply_gcus(self.gcu, features, self._run), after)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the U-shaped networks of other libraries are walked: down to every feature, and up again.
+"""Adapters that run third-party U-Nets level by level.
 
-A network that takes one image has no place where residual maps come in. A walk calls the network's
-own modules one after the other, so that units can stand between them: no module is replaced, no
-hook is registered, and nothing is kept from one call for the next. What a walk computes with no
-unit in between is the network's own forward, to the bit; tests/nn/test_compensated.py holds each to
-that.
+A network that takes one image has no place where residual maps come in. An adapter calls the
+network's own modules one after the other, so that units can stand between them: no module is
+replaced, no hook is registered, and nothing is kept from one call for the next. Without units it
+computes the network's own forward, to the bit; tests/nn/test_compensated_unet.py checks each.
 
 Nothing here imports these libraries: a network's class says where it comes from.
 """
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 After = Callable[[int, Tensor], Tensor]
 
 
-class Walk(Protocol):
+class Adapter(Protocol):
     """What :class:`grcsf_kernels.nn.CompensatedUNet` needs to know of a network's class."""
 
     def encoded(self, network: Any) -> Sequence[int]:
@@ -168,19 +167,19 @@ class _NnUNet:
 
 
 _ARCHITECTURES = "dynamic_network_architectures.architectures.unet"
-_WALKS: dict[str, Walk] = {
+_ADAPTERS: dict[str, Adapter] = {
     "monai.networks.nets.unet.UNet": _MonaiUNet(),
     "monai.networks.nets.dynunet.DynUNet": _DynUNet(),
     "monai.networks.nets.segresnet.SegResNet": _SegResNet(),
     f"{_ARCHITECTURES}.ResidualEncoderUNet": _NnUNet(),
     f"{_ARCHITECTURES}.PlainConvUNet": _NnUNet(),
 }
-# What a walk stands in for, or calls: a subclass with its own would be walked as if it had none.
+# What an adapter replaces or calls: a subclass with its own would run as if it had none.
 _METHODS = ("forward", "encode", "decode")
 
 
-def walk_of(network: nn.Module) -> Walk:
-    """The walk of a network's class.
+def adapter_of(network: nn.Module) -> Adapter:
+    """The adapter of a network's class.
 
     Args:
         network: an instance of a class that is known here, or of a subclass with its forward.
@@ -190,8 +189,8 @@ def walk_of(network: nn.Module) -> Walk:
     """
     found = f"{type(network).__module__}.{type(network).__qualname__}"
     for base in type(network).__mro__:
-        walk = _WALKS.get(f"{base.__module__}.{base.__qualname__}")
-        if walk is None:
+        adapter = _ADAPTERS.get(f"{base.__module__}.{base.__qualname__}")
+        if adapter is None:
             continue
         for method in _METHODS:
             own, known = getattr(type(network), method, None), getattr(base, method, None)
@@ -200,8 +199,8 @@ def walk_of(network: nn.Module) -> Walk:
                     f"CompensatedUNet: network is a {found} with a {method} of its own, "
                     f"expected that of {base.__qualname__}"
                 )
-        return walk
-    known_names = ", ".join(_WALKS)
+        return adapter
+    known_names = ", ".join(_ADAPTERS)
     raise ValueError(
         f"CompensatedUNet: network is a {found}, expected one of {known_names}; "
         "nn.GCU and nn.RCU can be called in the forward of any other"

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grcsf_kernels.nn.adapters import walk_of
-from grcsf_kernels.nn.unet_units import attending, compensated, make_gcus, make_rcus
+from grcsf_kernels.nn.adapters import adapter_of
+from grcsf_kernels.nn.unet_units import apply_gcus, decoder_hook, make_gcus, make_rcus
 from grcsf_kernels.ops.checks import check_levels, check_maps
 
 
@@ -75,8 +75,8 @@ class CompensatedUNet(nn.Module):
     ) -> None:
         super().__init__()
         check_levels("CompensatedUNet", rcu_levels)
-        self._walk = walk_of(network)
-        encoded, decoded = self._walk.encoded(network), self._walk.decoded(network)
+        self._adapter = adapter_of(network)
+        encoded, decoded = self._adapter.encoded(network), self._adapter.decoded(network)
         wrong = [level for level in rcu_levels if level not in range(len(decoded))]
         if wrong:
             have = f"0 to {len(decoded) - 1}" if decoded else "none: the decoder has no feature"
@@ -126,10 +126,8 @@ class CompensatedUNet(nn.Module):
                 f"channels, then {self.num_maps} residual maps"
             )
         image, maps = x.split([x.shape[1] - self.num_maps, self.num_maps], dim=1)
-        features = list(self._walk.encode(self.network, image))
-        after = attending(self.rcu, maps, features, _call)
-        return self._walk.decode(self.network, compensated(self.gcu, features, _call), after)
-
-
-def _call(unit: nn.Module, *inputs: Tensor) -> Tensor:
-    return unit(*inputs)
+        features = list(self._adapter.encode(self.network, image))
+        after = decoder_hook(self.rcu, maps, features, nn.Module.__call__)
+        return self._adapter.decode(
+            self.network, apply_gcus(self.gcu, features, nn.Module.__call__), after
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The units of a whole network: a GCU for every skip, RCUs for some levels of the decoder."""
+"""The units of a U-Net: a GCU for every skip, and RCUs for some levels of the decoder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def make_rcus(
     return nn.ModuleDict({str(n): RCU(decoded[n], num_maps, **options) for n in chosen})
 
 
-def compensated(
+def apply_gcus(
     units: nn.ModuleList, features: Sequence[Tensor], run: Callable[..., Tensor]
 ) -> list[Tensor]:
-    """The encoder's features with every skip strengthened, or as they are without units.
+    """Apply the GCU of each level to its skip; without units, return the features unchanged.
 
     ``run`` calls a module with its arguments.
     """
@@ -42,13 +42,13 @@ def compensated(
     return [*skips, *features[len(skips) :]]
 
 
-def attending(
+def decoder_hook(
     units: nn.ModuleDict,
     maps: Tensor | None,
     features: Sequence[Tensor],
     run: Callable[..., Tensor],
 ) -> Callable[[int, Tensor], Tensor]:
-    """What is done with the decoder's feature of a level; nothing where it has no unit.
+    """Return a callback that applies the RCU of a level, or the identity where it has none.
 
     The context is the pooled bottleneck, the last of the encoder's ``features``.
     """

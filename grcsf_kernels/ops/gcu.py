@@ -179,10 +179,10 @@ def _backward(
     )
     grad_skip, grad_deep, grad_skip_gate, grad_deep_gate = grads
     return (
-        registration.given(grad_skip, skip, layout),
-        registration.given(grad_deep, deep, layout),
-        registration.given(grad_skip_gate, skip_gate),
-        registration.given(grad_deep_gate, deep_gate),
+        registration.none_to_empty(grad_skip, skip, layout),
+        registration.none_to_empty(grad_deep, deep, layout),
+        registration.none_to_empty(grad_skip_gate, skip_gate),
+        registration.none_to_empty(grad_deep_gate, deep_gate),
     )
 
 
@@ -222,7 +222,7 @@ def _autograd(ctx: Any, grad_compensated: Tensor, grad_dissimilarity: Tensor) ->
     grads = torch.ops.grcsf.gcu_backward(
         grad_compensated, grad_dissimilarity, *ctx.saved_tensors, *ctx.options, needs
     )
-    return registration.asked(grads, needs)
+    return registration.empty_to_none(grads, needs)
 
 
 def _autocast(dtype: torch.dtype, *args: Tensor) -> tuple[Tensor, ...]:

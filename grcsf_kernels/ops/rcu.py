@@ -219,7 +219,7 @@ def _backward(
     )
     layouts = [layout] + [torch.contiguous_format] * (1 + len(weights))
     return tuple(
-        registration.given(grad, like, own)
+        registration.none_to_empty(grad, like, own)
         for grad, like, own in zip(grads, (x, maps, *weights), layouts, strict=True)
     )
 
@@ -252,7 +252,7 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_scores: Tensor) -> Any:
     grads = torch.ops.grcsf.rcu_backward(
         grad_out, grad_scores, *ctx.saved_tensors, ctx.patch_size, needs
     )
-    return registration.asked(grads, needs)
+    return registration.empty_to_none(grads, needs)
 
 
 def _autocast(dtype: torch.dtype, *args: Tensor) -> tuple[Tensor, ...]:

@@ -221,7 +221,7 @@ def cast_weight(tensor: Tensor) -> Tensor:
     return cast_data(tensor, torch.float32)
 
 
-def given(
+def none_to_empty(
     gradient: Tensor | None, like: Tensor, layout: torch.memory_format = torch.contiguous_format
 ) -> Tensor:
     """A gradient as a backward operator returns it: dense, or empty where it was not asked for."""
@@ -229,6 +229,6 @@ def given(
     return like.new_empty((0,)) if gradient is None else checks.dense(gradient, layout)
 
 
-def asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def empty_to_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradients of a backward operator as autograd wants them: None where not asked for."""
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))

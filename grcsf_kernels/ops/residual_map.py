@@ -208,8 +208,8 @@ def _backward(
         needs,
     )
     return (
-        registration.given(grad_image, image, layout),
-        registration.given(grad_prediction, prediction),
+        registration.none_to_empty(grad_image, image, layout),
+        registration.none_to_empty(grad_prediction, prediction),
     )
 
 
@@ -254,7 +254,7 @@ def _autograd(ctx: Any, grad_residual: Tensor) -> Any:
     grads = torch.ops.grcsf.residual_map_backward(
         grad_residual, *ctx.saved_tensors, *ctx.options, needs
     )
-    return (*registration.asked(grads, needs), None)
+    return (*registration.empty_to_none(grads, needs), None)
 
 
 def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:

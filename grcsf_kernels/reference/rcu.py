@@ -54,7 +54,7 @@ def _attend(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _added(own: Tensor, keys: Tensor, first: Tensor, *weights: Tensor) -> Tensor:
-    """What attention adds to the voxels ``own`` [n, i, C], before the score: y without its bias.
+    """Attention output for the query voxels ``own`` [n, i, C], before the value bias and the score.
 
     ``keys`` and ``first`` are those of :func:`centered`.
     """

@@ -233,8 +233,8 @@ def test_trials_of_causes(tmp_path: Path) -> None:
     assert RCU.reset_parameters is before
     parts = causes.tables(study.out)
     maps, errors, information, attention, network = parts[1::2]
-    assert "| neighbourhood and maps |" in information
-    assert "| wide neighbourhood |" in information
+    assert "| neighborhood and maps |" in information
+    assert "| wide neighborhood |" in information
     assert maps.count("50% hidden, random") == 2
     assert maps.count("50% hidden, complementary") == 5
     assert errors.count("50%") == errors.count("75%") == 5

@@ -110,7 +110,9 @@ def test_a_process_that_gets_sigterm_stops_as_with_ctrl_c(folder):
         _, said = running.communicate()
     said = said.decode()
     assert running.returncode == 128 + SIGTERM, said
-    assert said.rstrip().endswith("stopped: what is finished is kept, the same call goes on")
+    assert said.rstrip().endswith(
+        "interrupted: finished cases are kept; run the same command again to resume"
+    )
     assert "Traceback" not in said
 
 

@@ -136,7 +136,7 @@ def test_no_memory_is_claimed_for_settings_that_do_not_fit_the_header(
         ("[1, 2]", "has a damaged description"),
         ("null", "has a damaged description"),
         ('{"kind": "GRCSF", "config": 3}', "has a damaged description"),
-        ('{"kind": {"a": 1}, "config": {}}', "holds a {'a': 1}"),
+        ('{"kind": {"a": 1}, "config": {}}', "contains a {'a': 1} model"),
         ('{"kind": "GRCSF", "config": {"channels": [[1]]}}', ARCHITECTURE),
     ],
 )

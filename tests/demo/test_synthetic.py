@@ -50,9 +50,9 @@ def test_grid_covers_the_template(spacing: float | tuple[float, ...]) -> None:
     # The outer corner of voxel 0 is that of the template's: (-98, -134, -72) less half a mm.
     corner = affine @ [-0.5, -0.5, -0.5, 1]
     np.testing.assert_allclose(corner[:3], [-98.5, -134.5, -72.5])
-    # The brain's centre of gravity lies where the template's does, within a centimetre.
-    centre = affine @ [*ndimage.center_of_mass(image > 0), 1]
-    np.testing.assert_allclose(centre[:3], [0, -20, 12], atol=10)
+    # The brain's center of gravity lies where the template's does, within a centimetre.
+    center = affine @ [*ndimage.center_of_mass(image > 0), 1]
+    np.testing.assert_allclose(center[:3], [0, -20, 12], atol=10)
 
 
 def test_lesions_lie_in_the_brain_apart_and_in_range() -> None:
@@ -144,7 +144,7 @@ def test_heads_differ_in_ventricles_and_cortex() -> None:
     heads = [deformed_head(np.random.default_rng(seed), np.full(3, SPACING)) for seed in range(6)]
     ventricles = []
     for head in heads:
-        np.testing.assert_allclose(head.grey + head.white + head.fluid, head.brain, atol=1e-6)
+        np.testing.assert_allclose(head.gray + head.white + head.fluid, head.brain, atol=1e-6)
         indices = np.moveaxis(np.indices(head.brain.shape), 0, -1)
         places = indices @ head.affine[:3, :3].T + head.affine[:3, 3]
         near = np.linalg.norm(places - [0, -15, 15], axis=-1) < 30

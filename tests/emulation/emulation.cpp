@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fibres behind emulation.h.
+// The fibers behind emulation.h.
 #include "emulation.h"
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "fibre.h"
+#include "fiber.h"
 
 grcsf::emulation::Index threadIdx, blockIdx, blockDim, gridDim;
 
@@ -23,7 +23,7 @@ constexpr std::size_t most_shared = 227 << 10, most_shared_of_multiprocessor = 2
 
 cudaError_t last_error = cudaSuccess;
 
-// What a fibre does, or waits for.
+// What a fiber does, or waits for.
 enum class State { running, barrier, warp_barrier, shuffle, finished };
 
 const char* name_of(State state) {
@@ -95,7 +95,7 @@ Block block;
 std::vector<Launch> noted;
 bool noting_only = false;
 std::mutex one_kernel;
-Fibres fibres;
+Fibers fibers;
 const std::function<void()>* kernel_body = nullptr;
 
 std::string place_of(int thread) {
@@ -113,7 +113,7 @@ void wait(State state, const Where& where) {
   own.state = state;
   own.where = where;
   own.open = false;
-  fibres.leave();
+  fibers.leave();
   own.state = State::running;
 }
 
@@ -165,7 +165,7 @@ void run_block(std::int64_t index) {
   block.syncs = 0;
   block.running = block.threads;
   for (int thread = 0; thread < block.threads; ++thread) block.all[thread].open = true;
-  fibres.start(block.threads);
+  fibers.start(block.threads);
   while (block.running > 0 && block.failure.empty()) {
     bool moved = false;
     for (int thread = 0; thread < block.threads && block.failure.empty(); ++thread) {
@@ -174,7 +174,7 @@ void run_block(std::int64_t index) {
       moved = true;
       block.own = thread;
       threadIdx.x = static_cast<unsigned>(thread);
-      fibres.enter(thread);
+      fibers.enter(thread);
     }
     if (!moved && block.failure.empty()) report_deadlock();
   }
@@ -200,7 +200,7 @@ Touch* touch_of(const std::byte* address) { return &block.touches[address - bloc
 
 }  // namespace
 
-void run_fibre() {
+void run_fiber() {
   (*kernel_body)();
   finish_thread();
 }
@@ -235,7 +235,7 @@ void run_blocks(const char* kernel, std::int64_t blocks, int threads, std::size_
   for (std::int64_t index = 0; index < blocks; ++index) {
     run_block(index);
     if (!block.failure.empty()) {
-      fibres.abandon();
+      fibers.abandon();
       throw std::runtime_error(block.failure);
     }
   }
@@ -243,7 +243,7 @@ void run_blocks(const char* kernel, std::int64_t blocks, int threads, std::size_
 
 void fail(const std::string& what, const Where& where) {
   fail_from(block.own, what, where);
-  fibres.leave();
+  fibers.leave();
   std::abort();  // a thread that failed is never entered again
 }
 
@@ -257,7 +257,7 @@ void meet_others(State state, int begin, int end, int& waiting, const Where& whe
   Thread& own = block.current();
   own.state = state;
   own.where = where;
-  if (!same_line(begin, end)) fibres.leave();  // for good
+  if (!same_line(begin, end)) fibers.leave();  // for good
   waiting = 0;
   meet();
   for (int thread = begin; thread < end; ++thread) block.all[thread].open = true;

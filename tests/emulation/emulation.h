@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA on the CPU, for tests: what csrc/cuda/runtime/device.cuh and launch.cuh need to compile kernels as
-// C++.
+// CUDA on the CPU, for tests: what csrc/cuda/runtime/device.cuh and launch.cuh need to compile
+// kernels as C++.
 //
-// A block runs at a time, every thread of it as a fibre that keeps going until it waits for others.
+// A block runs at a time, every thread of it as a fiber that keeps going until it waits for others.
 // What a GPU leaves undefined is an error here, with block, thread and line:
 // - a barrier, warp barrier or shuffle that not all threads reach, or reach at different lines;
 // - shared memory that is read before anything wrote there, or outside of an array;
@@ -35,7 +35,7 @@ struct Index {
 
 }  // namespace grcsf::emulation
 
-// Of the running fibre.
+// Of the running fiber.
 extern grcsf::emulation::Index threadIdx, blockIdx, blockDim, gridDim;
 
 // ---- The CUDA runtime as far as launch.cuh knows it ---------------------------------------------
@@ -105,8 +105,8 @@ A shuffle(A value, int source, const Where& where) {
   return value;
 }
 
-// d += a b of tensor cores (csrc/cuda/runtime/tensor_core.cuh): a lane's four values of d and of a, and its
-// two of b. The low 13 bits of a and b do not count.
+// d += a b of tensor cores (csrc/cuda/runtime/tensor_core.cuh): a lane's four values of d and of a,
+// and its two of b. The low 13 bits of a and b do not count.
 void multiply_add(float* d, const float* a, float b0, float b1, const Where& where);
 
 // ---- Shared memory

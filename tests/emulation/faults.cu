@@ -8,7 +8,7 @@ namespace grcsf {
 namespace cuda {
 namespace {
 
-// Neighbours exchange values through shared memory, as kernels do it, and each fault in its turn.
+// Neighbors exchange values through shared memory, as kernels do it, and each fault in its turn.
 __global__ void exchange_kernel(const float* in, float* out, Fault fault) {
   SharedArena arena;
   const auto space = arena.take<float>(static_cast<int>(blockDim.x));

@@ -46,7 +46,7 @@ def test_a_module_of_ones_own_needs_no_preprocessing(tmp_path):
     assert isinstance(again, Mine) and again.preprocessing is None and again.spatial_dims == 2
     with pytest.raises(InputError, match=r"m.safetensors: has no preprocessing"):
         load_checkpoint(path, "MaskedAutoencoder")
-    with pytest.raises(InputError, match=r"holds a MaskedAutoencoder, and a GRCSF is expected"):
+    with pytest.raises(InputError, match=r"contains a MaskedAutoencoder model, expected a GRCSF"):
         GRCSF.from_pretrained(path)
     with pytest.raises(InputError, match="does not exist"):
         GRCSF.from_pretrained(tmp_path / "none.safetensors")

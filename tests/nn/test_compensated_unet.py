@@ -119,7 +119,7 @@ def test_neutral_units_leave_the_network_as_it_was(make, dims, training):
     expected = flat(network(image))
     bare = CompensatedUNet(network, 2, use_gcu=False, rcu_levels=())
     model = CompensatedUNet(network, 2, patch_size=4, compensation="similarity").train(training)
-    assert len(model.gcu) == len(model._walk.encoded(network)) - 1
+    assert len(model.gcu) == len(model._adapter.encoded(network)) - 1
     active = flat(model(x))
     neutral(model)
     for plain, without, off, on in zip(

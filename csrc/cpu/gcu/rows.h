@@ -109,7 +109,7 @@ class Columns {
     const std::int64_t voxels = count(block);
     std::int64_t x = 0;
     if (deep_size_ <= size_) {
-      // A vector of voxels lies between `lanes` + 1 deep voxels: two loads hold all neighbours.
+      // A vector of voxels lies between `lanes` + 1 deep voxels: two loads hold all neighbors.
       const Integer* __restrict shift = shift_.piece(0) + begin(block);
       for (; x < voxels; x += lanes<A>) {
         Integers<A> indices;
@@ -248,7 +248,7 @@ class DeepRows {
     held_[0] = held_[1] = -1;
   }
 
-  // Row y' as [C][pitch]. Neighbours lie in different buffers: both stay valid.
+  // Row y' as [C][pitch]. Neighbors lie in different buffers: both stay valid.
   const A* row(std::int64_t y) {
     A* out = rows_[y & 1];
     if (held_[y & 1] == y) return out;

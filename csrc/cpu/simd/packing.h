@@ -200,7 +200,7 @@ inline void pack_channels_last(const Source& source, std::int64_t channels, std:
 constexpr std::int64_t staged_voxels = 16;
 
 // Copies to a tensor; where `stream` says so, whole cache lines go past the cache. The lines that
-// the run shares with its neighbours go through it: half a line written past the cache costs more.
+// the run shares with its neighbors go through it: half a line written past the cache costs more.
 inline void copy_out(const void* from, void* to, std::int64_t bytes, bool stream) {
   constexpr std::int64_t line = 64;
   const auto address = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to) % line);

@@ -8,7 +8,7 @@
 // the first term from the rows of skip, and applies K.
 //
 // Bytes: grad_deep [B, C, V'] written once. Every row of skip is read by the (usually 4) deep rows
-// that it takes from; blocks hold neighbouring deep rows, which find it in L1, and the slab of skip
+// that it takes from; blocks hold neighboring deep rows, which find it in L1, and the slab of skip
 // is small enough to still lie in L2 from the kernel before. K is written and read once for every
 // `packs` channels, in L2.
 //
@@ -62,7 +62,7 @@ __device__ __forceinline__ DeepVoxel deep_voxel_of(const Volumes& m, const Gathe
   return j;
 }
 
-// What a voxel gives to a deep voxel (`own`) times what it takes from that one and its neighbours.
+// What a voxel gives to a deep voxel (`own`) times what it takes from that one and its neighbors.
 template <typename A>
 struct Products {
   A before, here, after;
@@ -142,7 +142,7 @@ struct Gathered {
   using Tile = Tiling<T, path, size>;
   static constexpr int packs = path == Path::channels_last ? 1 : 4;
 
-  // Where channels are neighbours so are the lanes that have them; else deep voxels are.
+  // Where channels are neighbors so are the lanes that have them; else deep voxels are.
   static void set_groups(const Volumes& m, Gathering& g) {
     while (Tile::across && (size << g.group_bits) < m.channels && (1 << g.group_bits) < warp_size) {
       ++g.group_bits;

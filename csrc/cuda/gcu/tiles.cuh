@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the kernels of gcu over voxels share: tiles, and sums over channels.
 //
-// A warp takes a tile: 32 / G neighbouring packs of voxels by G groups of channels, G a power of
+// A warp takes a tile: 32 / G neighboring packs of voxels by G groups of channels, G a power of
 // two. A lane holds S packs of P values of skip in registers, loads all of them before it uses the
 // first, and takes the sums over its channels; shuffles add them up over the groups. No shared
-// memory and no barrier. Lanes that have the same voxels are neighbours.
+// memory and no barrier. Lanes that have the same voxels are neighbors.
 //
 // Three paths, by what a pack is:
-// - doubled: up to 16 bytes of neighbouring voxels of one channel, in rows of twice the size of the
+// - doubled: up to 16 bytes of neighboring voxels of one channel, in rows of twice the size of the
 //   deep row. The deep columns around them are one vector and a value on either side, which are
 //   loaded and blended over z and y once.
 // - taps: likewise up to 8 bytes, or one value (any layout and alignment), with two deep columns a
 //   voxel.
-// - channels_last: 16 bytes of neighbouring channels of one voxel, with eight deep voxels as
+// - channels_last: 16 bytes of neighboring channels of one voxel, with eight deep voxels as
 //   vectors.
 // More channels than the groups hold are taken in chunks; data is then read again in the second
 // pass over them, and found in cache.
@@ -63,7 +63,7 @@ struct Tiling {
   static constexpr bool across = path == Path::channels_last;
   static constexpr int voxels = across ? 1 : size;
   static constexpr int channels = across ? size : 1;
-  // Of offsets in a plane of one channel, or of all where those are neighbours.
+  // Of offsets in a plane of one channel, or of all where those are neighbors.
   using Step = std::conditional_t<path == Path::doubled || (voxels > 1), int, std::int64_t>;
 };
 
@@ -76,8 +76,8 @@ __device__ __forceinline__ Lane lane_of(int group_bits) {
   return {lane_index() & ((1 << group_bits) - 1), lane_index() >> group_bits};
 }
 
-// The first channel of pack s of this lane. Where channels are neighbours, so are the packs of
-// neighbouring groups; else a lane's packs are, so that their addresses differ by constants.
+// The first channel of pack s of this lane. Where channels are neighbors, so are the packs of
+// neighboring groups; else a lane's packs are, so that their addresses differ by constants.
 template <typename Tiling, int packs>
 __device__ __forceinline__ int channel_of(int group_bits, const Lane& lane, int c0, int s) {
   if (!Tiling::across) return c0 + lane.group * packs + s;
@@ -244,7 +244,7 @@ void for_tiling(const Volumes& m, Body body) {
 }
 
 // Cuts a sample's packs into tiles for lanes with `packs` packs each. As many groups as channels
-// need, while a warp reads at least 16 neighbouring bytes of a channel.
+// need, while a warp reads at least 16 neighboring bytes of a channel.
 template <typename T, typename Tiling>
 void set_groups(Volumes& m, int packs) {
   const int most = Tiling::across ? warp_size : 2 * Tiling::voxels * static_cast<int>(sizeof(T));

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(small_threads)
 }
 
 // Sums over one split of the patches: weight1 [hidden][inputs], weight2 [hidden] and bias2. A warp
-// takes 32 neighbouring outputs, whose rows it reads as broadcasts.
+// takes 32 neighboring outputs, whose rows it reads as broadcasts.
 template <typename A>
 __global__ void __launch_bounds__(sum_threads)
     rcu_network_kernel(const RcuProblem m, const RcuGradients gradients) {

@@ -341,8 +341,8 @@ Map map_of(const ResidualMapArguments& arguments) {
   m.draws = static_cast<int>(arguments.prediction.shape[0]);
   m.tokens = arguments.prediction.shape[2];
   m.all_tokens = image.shape[0] * m.tokens;
-  const bool neighbours = m.patch_w == 1 || m.stride_w == m.channels;
-  m.runs = neighbours && (m.channels == 1 || m.stride_c == 1);
+  const bool neighbors = m.patch_w == 1 || m.stride_w == m.channels;
+  m.runs = neighbors && (m.channels == 1 || m.stride_c == 1);
   m.normalized = arguments.normalized_target;
   m.reconstructions = arguments.average_reconstructions;
   m.eps = arguments.eps;

@@ -4,7 +4,7 @@
 //
 // No kernel calls an intrinsic itself. So the same sources are compiled twice: by nvcc for GPUs,
 // and by any C++ compiler for the emulation of the tests (tests/emulation/emulation.h,
-// GRCSF_EMULATED), which runs every thread as a fibre and looks at every shuffle, barrier and
+// GRCSF_EMULATED), which runs every thread as a fiber and looks at every shuffle, barrier and
 // access to shared memory. GRCSF_WHERE gives it the line of the call; for nvcc it is nothing.
 #pragma once
 
@@ -336,7 +336,7 @@ __device__ __forceinline__ A shuffle_xor(A value, int distance GRCSF_WHERE) {
 #endif
 }
 
-// Of `lanes` neighbouring lanes (a power of two), in a fixed order, the same in all of them.
+// Of `lanes` neighboring lanes (a power of two), in a fixed order, the same in all of them.
 template <typename A>
 __device__ __forceinline__ A warp_sum(A value, int lanes = warp_size GRCSF_WHERE) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) {

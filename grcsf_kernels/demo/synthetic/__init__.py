@@ -2,12 +2,12 @@
 """Synthetic subjects: real anatomy, made into different heads, with lesions drawn into it.
 
 The anatomy is that of the MNI152 template in the space and size of ATLAS v2.0 (197x233x189 voxels
-of 1 mm): its T1 image and its maps of grey and white matter, which come inside the wheel of
+of 1 mm): its T1 image and its maps of gray and white matter, which come inside the wheel of
 ``nilearn``; nothing is downloaded. Each subject is the template in a shape of its own
 (:mod:`.anatomy`), with lesions (:mod:`.lesions`), as a scanner of its own shows it
 (:mod:`.scanner`).
 
-* ``"t1"``: stroke in T1 MRI. Lesions of 10 to 50,000 mm^3 in grey and white matter, from plainly
+* ``"t1"``: stroke in T1 MRI. Lesions of 10 to 50,000 mm^3 in gray and white matter, from plainly
   dark to barely visible. What looks like them and is none: ventricles and sulci of any width,
   vessels, stripes of motion, the bias field.
 * ``"ct"``: calcifications in CT. Lesions of 3 to 1,000 mm^3, bright. What looks like them and is

@@ -17,7 +17,7 @@ from scipy import ndimage
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-# Intensities that the template's T1 image has in grey matter, white matter and fluid, by least
+# Intensities that the template's T1 image has in gray matter, white matter and fluid, by least
 # squares over its brain (R^2 0.97), as shares of its maximum. What they leave is detail: deep
 # nuclei, the cortex's own variation.
 _TEMPLATE_INTENSITIES = (0.660, 0.879, 0.281)
@@ -29,7 +29,7 @@ class Head:
     """One head on the grid of its subject; arrays are [X, Y, Z].
 
     Attributes:
-        grey: share of grey matter in each voxel.
+        gray: share of gray matter in each voxel.
         white: share of white matter; what is left of the brain is fluid.
         detail: of the T1 image beyond its tissues, in units of the template's maximum.
         brain: which voxels are brain or the fluid around it.
@@ -37,7 +37,7 @@ class Head:
         affine: voxel indices to mm.
     """
 
-    grey: Array
+    gray: Array
     white: Array
     detail: Array
     brain: Mask
@@ -47,12 +47,12 @@ class Head:
     @property
     def fluid(self) -> Array:
         """Share of fluid in each voxel of the brain."""
-        return np.where(self.brain, np.clip(1 - self.grey - self.white, 0, 1), 0)
+        return np.where(self.brain, np.clip(1 - self.gray - self.white, 0, 1), 0)
 
 
 @functools.cache
 def _template(spacing: tuple[float, ...]) -> tuple[list[Array], NDArray[np.float64]]:
-    """Grey, white, detail and brain, low-passed for sampling at ``spacing``, and the affine."""
+    """Gray, white, detail and brain, low-passed for sampling at ``spacing``, and the affine."""
     try:
         from nilearn import datasets
     except ImportError as error:
@@ -67,14 +67,14 @@ def _template(spacing: tuple[float, ...]) -> tuple[list[Array], NDArray[np.float
         image,
         datasets.load_mni152_brain_mask(resolution=1),
     )
-    grey, white, head, brain = (np.asarray(file.dataobj, np.float32) for file in files)
-    grey, white = grey * brain, white * brain
-    tissues = (grey, white, np.clip(brain - grey - white, 0, 1))
+    gray, white, head, brain = (np.asarray(file.dataobj, np.float32) for file in files)
+    gray, white = gray * brain, white * brain
+    tissues = (gray, white, np.clip(brain - gray - white, 0, 1))
     known = sum(v * tissue for v, tissue in zip(_TEMPLATE_INTENSITIES, tissues, strict=True))
     detail = (head / head.max() - known) * brain
     # A voxel of s mm averages over s mm; beyond this blur the coarse grid would alias.
     sigma = 0.35 * np.sqrt(np.maximum(np.square(spacing) - 1, 0))
-    maps = [ndimage.gaussian_filter(m, sigma) for m in (grey, white, detail, brain)]
+    maps = [ndimage.gaussian_filter(m, sigma) for m in (gray, white, detail, brain)]
     return maps, np.asarray(image.affine, np.float64)
 
 
@@ -107,26 +107,26 @@ def deformed_head(rng: np.random.Generator, spacing: NDArray[np.float64]) -> Hea
         [[0, -angles[2], angles[1]], [angles[2], 0, -angles[0]], [-angles[1], angles[0], 0]]
     )
     matrix = (np.eye(3) + skew) * rng.uniform(0.94, 1.06, 3)
-    centre = (np.asarray(whole) - 1) / 2
+    center = (np.asarray(whole) - 1) / 2
     # Where in the template (in its voxels, which are 1 mm) each voxel of the subject comes from.
     grid = (
         np.indices(shape, np.float32).reshape(3, -1) * spacing[:, None]
-        + ((spacing - 1) / 2 - centre)[:, None]
+        + ((spacing - 1) / 2 - center)[:, None]
     )
-    source = matrix @ grid + (centre + rng.uniform(-2, 2, 3))[:, None]
+    source = matrix @ grid + (center + rng.uniform(-2, 2, 3))[:, None]
     for axis in range(3):
         source[axis] += rng.uniform(0.5, 2.5) * smooth_field(rng, shape, 6).ravel()
     source = _widen(source, rng.uniform(-0.1, 0.35), rng.uniform(18, 28), world)
 
     source = source.reshape(3, *shape)
-    grey, white, detail, brain = (
+    gray, white, detail, brain = (
         ndimage.map_coordinates(m, source, order=1).astype(np.float32) for m in maps
     )
     inside = brain > 0.5
     # A thinner cortex leaves its place to fluid: sulci open.
-    grey = np.where(inside, np.clip(grey, 0, 1) ** np.float32(rng.uniform(0.8, 1.8)), 0)
-    white = np.where(inside, np.clip(white, 0, 1 - grey), 0)
-    return Head(grey, white, np.where(inside, detail, 0), inside, spacing, affine)
+    gray = np.where(inside, np.clip(gray, 0, 1) ** np.float32(rng.uniform(0.8, 1.8)), 0)
+    white = np.where(inside, np.clip(white, 0, 1 - gray), 0)
+    return Head(gray, white, np.where(inside, detail, 0), inside, spacing, affine)
 
 
 def _widen(

@@ -17,7 +17,7 @@ def grow_lesion(
 ) -> Mask:
     """A connected blob of ``volume`` mm^3 (to the nearest voxel, at least one) within ``free``.
 
-    It grows from a seed voxel, always by the neighbour that costs least; the cost is the distance
+    It grows from a seed voxel, always by the neighbor that costs least; the cost is the distance
     from the seed in a random ellipsoid plus a smooth random field, so blobs are lobed and no two
     are alike, yet the volume is met exactly.
     """

@@ -18,7 +18,7 @@ class T1:
 
     Attributes:
         signal: [X, Y, Z] without noise, white matter about 1; lesions are drawn into it.
-        may_have_lesions: voxels that are mostly grey or white matter.
+        may_have_lesions: voxels that are mostly gray or white matter.
         lesion_target: the signal of fluid, which an old infarct turns into.
         strengths: of lesions, from barely visible (about twice the noise) to plain.
     """
@@ -26,10 +26,10 @@ class T1:
     strengths = (0.12, 0.95)
 
     def __init__(self, rng: np.random.Generator, head: Head) -> None:
-        grey, fluid = rng.uniform(0.62, 0.84), rng.uniform(0.15, 0.4)
+        gray, fluid = rng.uniform(0.62, 0.84), rng.uniform(0.15, 0.4)
         self._head = head
         self.lesion_target = fluid
-        tissues = head.white + grey * head.grey + fluid * head.fluid
+        tissues = head.white + gray * head.gray + fluid * head.fluid
         starts = np.argwhere(head.brain)
         starts = starts[rng.integers(len(starts), size=rng.integers(4, 13))]
         vessels = draw_tubes(rng, head.brain.shape, starts, head.spacing)
@@ -37,7 +37,7 @@ class T1:
         signal = tissues + rng.uniform(0.5, 1.5) * head.detail
         signal = signal + vessels * np.maximum(bright - signal, 0)
         self.signal: Array = np.where(head.brain, signal, 0).astype(np.float32)
-        self.may_have_lesions: Mask = head.brain & (head.grey + head.white > 0.5)
+        self.may_have_lesions: Mask = head.brain & (head.gray + head.white > 0.5)
 
     def acquire(self, rng: np.random.Generator) -> Array:
         """The image, 0 outside of the brain.
@@ -81,7 +81,7 @@ class CT:
         inner, thickness = rng.uniform(0.5, 2.5), rng.uniform(5, 9)
         skull = (outside > inner) & (outside <= inner + thickness)
         scalp = (outside > inner + thickness) & (outside <= inner + thickness + 6)
-        signal = 36 * head.grey + 28 * head.white + 8 * head.fluid + 20 * head.detail
+        signal = 36 * head.gray + 28 * head.white + 8 * head.fluid + 20 * head.detail
         signal = np.where(head.brain | (outside <= inner), np.maximum(signal, 5), -1000)
         signal = np.where(scalp, 20, signal)
         signal = np.where(skull, rng.uniform(700, 1500) * (1 + 0.2 * _texture(rng, head)), signal)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the voxels of a file to those that a network sees and back, a slab at a time.
+"""Resample volumes between file space and network space, slab by slab.
 
 The same to rounding as :class:`grcsf_kernels.engine.data.preprocessing.Preprocessing`, which works
 on whole volumes with several copies; here nothing but the two volumes themselves is ever large.

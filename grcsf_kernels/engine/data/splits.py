@@ -77,7 +77,7 @@ def _from_file(cases: Sequence[Case], path: Path, fold: int) -> Split:
     places = {case.name: index for index, case in enumerate(cases)}
     absent = [name for name in (*chosen["train"], *chosen["val"]) if name not in places]
     if absent:
-        warn(f"{len(absent)} case(s) of {path} are not there: {', '.join(absent[:5])}")
+        warn(f"{len(absent)} case(s) listed in {path} were not found: {', '.join(absent[:5])}")
     unused = places.keys() - {*chosen["train"], *chosen["val"]}
     if unused:
         warn(f"{len(unused)} case(s) are not in {path}: {', '.join(sorted(unused)[:5])}")

@@ -160,10 +160,10 @@ def _read_mask(
 
 
 def _is_of(origin: Origin, case: Case) -> bool:
-    """Whether a mask may be of the image of a labelled case."""
+    """Whether a mask may be of the image of a labeled case."""
     if origin.image == image_digest(case.images):
         return True
-    # A labelled case of BIDS has more images than those that it is found by.
+    # A labeled case of BIDS has more images than those that it is found by.
     known = (*case.images, case.label)
     others = [
         other

@@ -19,7 +19,7 @@ from grcsf_kernels.common.errors import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TRUTH, PREDICTION = "#00c8ff", "#ff7a00"  # told apart with any colour vision, and in print
+TRUTH, PREDICTION = "#00c8ff", "#ff7a00"  # told apart with any color vision, and in print
 _SIDES = (
     ("R", 0.02, 0.5, "left", "center"),
     ("L", 0.98, 0.5, "right", "center"),
@@ -140,7 +140,7 @@ def _draw_row(axes: NDArray[np.object_], case: FigureCase) -> None:
         axis.set_facecolor("black")
     plain = [axes[0], *axes[-2:]]
     for axis in plain:
-        axis.imshow(image, **_grey(image), **look)
+        axis.imshow(image, **_gray(image), **look)
     for axis, residual in zip(axes[1:], case.residuals, strict=False):
         shown = view(residual)
         axis.imshow(shown, cmap="magma", vmin=0, vmax=max(np.percentile(shown, 99.8), 1e-6), **look)
@@ -161,8 +161,8 @@ def _box(shown: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice]:
     return slice(low[0], high[0]), slice(low[1], high[1])
 
 
-def _grey(image: NDArray[Any]) -> dict[str, Any]:
-    """Grey values up to the bright end of what is not background."""
+def _gray(image: NDArray[Any]) -> dict[str, Any]:
+    """Gray values up to the bright end of what is not background."""
     bright = np.percentile(image[image > image.min()], 99.5) if np.ptp(image) else 1.0
     return {"cmap": "gray", "vmin": image.min(), "vmax": bright}
 
@@ -254,7 +254,7 @@ def draw_slices(
             axis.imshow(one * 0.35 + two * 0.25, cmap="gray", vmin=0, vmax=1, **look)
         else:
             slab = image[place].T
-            axis.imshow(slab, **_grey(slab), **look)
+            axis.imshow(slab, **_gray(slab), **look)
         for mask, color, thick in ((one, TRUTH, 2.0), (two, PREDICTION, 1.2)):
             if mask.any():
                 # Contours close at the edge of the picture, too.

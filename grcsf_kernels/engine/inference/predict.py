@@ -31,8 +31,8 @@ from grcsf_kernels.engine.inference.sliding_window import (
     SlidingWindow,
     inference_device,
     mirrors_of,
-    named_by_case,
     network_predictor,
+    report_out_of_memory,
 )
 from grcsf_kernels.engine.io.datasets import Case, find_cases
 from grcsf_kernels.engine.io.fingerprint import Fingerprint, is_finished
@@ -140,7 +140,7 @@ def predict(
             remedy = f"{error.remedy}; {older} is there from an earlier call, and not of this one"
             raise InputError(error.where, error.problem, remedy) from error
 
-    @named_by_case
+    @report_out_of_memory
     def segment(case: Case) -> Path:
         outputs = paths_of(case)
         of_case = None if cached is None else cached.path(case)
@@ -246,7 +246,7 @@ class _Ensemble:
     def load(cls, paths: Sequence[Path], config: PredictConfig) -> _Ensemble:
         """The networks of model files, with the settings that concern them."""
         if not paths:
-            raise InputError("model", "none was given", "name the file of grcsf train")
+            raise InputError("model", "none given", "pass --model FILE, a file of grcsf train")
         loaded = [load_checkpoint(path, "GRCSF") for path in paths]
         data, num_maps = loaded[0].data, 0
         channels = _channels_of(loaded[0])

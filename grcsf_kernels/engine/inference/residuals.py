@@ -26,7 +26,7 @@ from grcsf_kernels.engine.inference.sharding import shard, wait_for_others
 from grcsf_kernels.engine.inference.sliding_window import (
     SlidingWindow,
     inference_device,
-    named_by_case,
+    report_out_of_memory,
 )
 from grcsf_kernels.engine.io.datasets import Case, find_cases, residual_path
 from grcsf_kernels.engine.io.fingerprint import Fingerprint, is_finished
@@ -217,7 +217,7 @@ def cache_residuals(
     cases = shard(found)
     save_maps(output, maps.description | {"run": fingerprint.run})
 
-    @named_by_case
+    @report_out_of_memory
     def work(case: Case) -> Path:
         path = residual_path(output, case)
         description = fingerprint.of(case.name, case.images)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that share cases: torchrun's, or any that have RANK and WORLD_SIZE."""
+"""Split cases across processes: torchrun, or RANK and WORLD_SIZE in the environment."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ Predictor = Callable[[Tensor, Sequence[int]], Tensor]
 Take = Callable[[slice, Tensor], None]
 
 
-def named_by_case(work: Callable[[Case], Path]) -> Callable[[Case], Path]:
+def report_out_of_memory(work: Callable[[Case], Path]) -> Callable[[Case], Path]:
     """Values that are not finite, and running out of memory, become an InputError of the case.
 
     Neither says anything of other cases.
@@ -192,7 +192,7 @@ class SlidingWindow:
             shape = " x ".join(str(size) for size in self.size)
             raise MemoryError(f"no room for one window of {shape} voxels ({reason})")
         self.batch = max(1, len(inputs) // 2)
-        warn(f"memory ran out on {len(inputs)} windows at once; going on with {self.batch}")
+        warn(f"out of memory with {len(inputs)} windows per batch; retrying with {self.batch}")
         return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an output was made from: its header says it, and so a case that is done is known.
+"""Input fingerprints stored in NIfTI headers, used to skip finished cases.
 
 The header rather than a file beside it: the two can't come apart, and processes that share a folder
 have nothing to write together.

@@ -54,7 +54,7 @@ class DiceFocal:
 
     def loss(self, parts: Tensor) -> Tensor:
         """The loss, a scalar; each level of deep supervision weighs half of the one above it."""
-        overlap, predicted, labelled, focal = parts.unbind(dim=1)
-        dice = 1 - (2 * overlap + self._smooth) / (predicted + labelled + self._smooth)
+        overlap, predicted, labeled, focal = parts.unbind(dim=1)
+        dice = 1 - (2 * overlap + self._smooth) / (predicted + labeled + self._smooth)
         weights = 0.5 ** torch.arange(len(parts), device=parts.device, dtype=parts.dtype)
         return ((dice + focal) * weights).sum() / weights.sum()

@@ -31,7 +31,7 @@ from grcsf_kernels.engine.seeding import seed_of
 from grcsf_kernels.engine.training.distributed import launch, on_first, only_run
 from grcsf_kernels.engine.training.steps import MicroBatch, one_thread
 from grcsf_kernels.engine.training.tensorboard import Logs
-from grcsf_kernels.engine.training.trainer import Task, expect_own_states, fit
+from grcsf_kernels.engine.training.trainer import Objective, expect_own_states, fit
 from grcsf_kernels.masking import random_masks
 from grcsf_kernels.models import MaskedAutoencoder
 from grcsf_kernels.models.files import save_checkpoint
@@ -147,7 +147,7 @@ class _Training:
         with Logs(folder, enabled=self.fabric.is_global_zero) as logs:
             fit(
                 self.model,
-                Task(self.crops, self._parts, None, self._epoch_done),
+                Objective(self.crops, self._parts, None, self._epoch_done),
                 dataclasses.replace(self.config.optimization, seed=self.seed),
                 fabric=self.fabric,
                 state_path=self.state_path,

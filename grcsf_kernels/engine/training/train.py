@@ -34,7 +34,7 @@ from grcsf_kernels.engine.training.distributed import launch, on_first, only_run
 from grcsf_kernels.engine.training.losses import DiceFocal
 from grcsf_kernels.engine.training.steps import MicroBatch, one_thread
 from grcsf_kernels.engine.training.tensorboard import Logs
-from grcsf_kernels.engine.training.trainer import Task, expect_own_states, fit
+from grcsf_kernels.engine.training.trainer import Objective, expect_own_states, fit
 from grcsf_kernels.models import GRCSF
 from grcsf_kernels.models.files import save_checkpoint
 
@@ -131,7 +131,7 @@ def train(
         on_first(fabric, describe)
         fit(
             model,
-            Task(crops, parts, criterion.loss, epoch_done),
+            Objective(crops, parts, criterion.loss, epoch_done),
             config.optimization,
             fabric=fabric,
             state_path=state_path,

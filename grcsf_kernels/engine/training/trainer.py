@@ -56,12 +56,12 @@ _REMEDY = (
 
 
 @dataclass
-class Task:
+class Objective:
     """What is learned.
 
     Attributes:
         crops: gives one crop and the name of its case.
-        parts: of the loss of a micro-batch, whose crops are on the device: a tensor with gradients.
+        loss_terms: of a micro-batch, whose crops are on the device: a tensor with gradients.
             The parts of all micro-batches of a step, over all processes, add up.
         loss: of the sum of the parts; None: the sum is the loss.
         epoch_done: called on the first process with the network as it is kept, the epoch and the
@@ -70,7 +70,7 @@ class Task:
     """
 
     crops: CropMaker
-    parts: Callable[[nn.Module, MicroBatch], Tensor]
+    loss_terms: Callable[[nn.Module, MicroBatch], Tensor]
     loss: Callable[[Tensor], Tensor] | None
     epoch_done: Callable[[nn.Module, int, float], float]
 
@@ -86,8 +86,8 @@ def learning_rate(config: OptimizationConfig, done: int) -> float:
 
 
 @contextmanager
-def _named_loss_of_others(fabric: Fabric) -> Iterator[None]:
-    """What a process sees of others that are gone becomes an InputError."""
+def _translate_peer_failure(fabric: Fabric) -> Iterator[None]:
+    """Turn a collective that failed because another process died into an InputError."""
     try:
         yield
     except RuntimeError as error:
@@ -110,7 +110,7 @@ class _Run:
     optimizer: Any
     average: WeightAverage
     config: OptimizationConfig
-    task: Task
+    objective: Objective
     done: int = 0  # steps
     total: float = 0.0  # of the losses of the running epoch
     best: float = -math.inf
@@ -180,7 +180,7 @@ def expect_own_states(fabric: Fabric, identities: dict[Path, str]) -> None:
 
 def fit(
     model: nn.Module,
-    task: Task,
+    objective: Objective,
     config: OptimizationConfig,
     *,
     fabric: Fabric,
@@ -193,7 +193,7 @@ def fit(
 
     Args:
         model: the network.
-        task: what it learns.
+        objective: what it learns.
         config: epochs, batch, learning rate, device.
         fabric: of :func:`grcsf_kernels.engine.training.distributed.launch`.
         state_path: written whole after every epoch and every ``checkpoint_every`` steps.
@@ -206,7 +206,7 @@ def fit(
             or Inf, a file that can't be written, or another process that is gone. With several
             processes, all raise. No state or model with such weights is written.
     """
-    with _named_loss_of_others(fabric):
+    with _translate_peer_failure(fabric):
         # Read by the networks' forward; no parameter, and no part of the model file.
         model.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
         # Sharding changes a network's class and its weights; what is kept is an ordinary one.
@@ -219,7 +219,7 @@ def fit(
             )
         )
         average = WeightAverage(model.parameters(), config.ema_decay)
-        run = _Run(fabric, model, wrapped, optimizer, average, config, task)
+        run = _Run(fabric, model, wrapped, optimizer, average, config, objective)
 
         on_first(fabric, lambda: remove_leftovers(state_path))
         remedy = (
@@ -233,7 +233,7 @@ def fit(
             if run.done < config.epochs * config.steps_per_epoch:
                 epoch, step = divmod(run.done, config.steps_per_epoch)
                 where = f"epoch {epoch} of {config.epochs}" + (f" and {step} steps" if step else "")
-                console.print(f"{title}: going on after {where}")
+                console.print(f"{title}: resuming after {where}")
 
         def expect_good(named: Iterable[tuple[str, Tensor]]) -> None:
             epoch, step = divmod(run.done - 1, config.steps_per_epoch)
@@ -262,11 +262,11 @@ def fit(
 
                 def look_and_keep() -> float:
                     expect_good(kept.state_dict().items())
-                    return task.epoch_done(kept, epoch, run.best)
+                    return objective.epoch_done(kept, epoch, run.best)
 
                 run.best = on_first(fabric, look_and_keep)
 
-        steps = load_steps(task.crops, config, fabric, run.done)
+        steps = load_steps(objective.crops, config, fabric, run.done)
         with _progress(disable=not fabric.is_global_zero) as progress:
             task_id = progress.add_task(
                 title,
@@ -304,30 +304,32 @@ def fit(
 
 def _one_step(run: _Run, micros: list[MicroBatch]) -> float:
     """The loss over all crops of the step, after a step of the optimizer down its gradient."""
-    fabric, task, wrapped = run.fabric, run.task, run.wrapped
+    fabric, objective, wrapped = run.fabric, run.objective, run.wrapped
     batches = [dataclasses.replace(m, crops=fabric.to_device(m.crops)) for m in micros]
     # Where the loss is no sum, the gradient of a micro-batch depends on the parts of all of them: a
     # forward pass for the parts comes first.
-    ahead = task.loss is not None and len(batches) > 1
+    ahead = objective.loss is not None and len(batches) > 1
     parts: list[Tensor] = []
     whole = torch.zeros(())
     if ahead:
         with torch.no_grad():
-            parts = [task.parts(wrapped, batch) for batch in batches]
+            parts = [objective.loss_terms(wrapped, batch) for batch in batches]
         whole = _sum(fabric, parts)
     run.optimizer.zero_grad(set_to_none=True)
     for place, batch in enumerate(batches):
         last = place + 1 == len(batches)
         with fabric.no_backward_sync(wrapped, enabled=not last):
-            part = task.parts(wrapped, batch)
+            part = objective.loss_terms(wrapped, batch)
             if not ahead:
                 parts.append(part.detach())
                 whole = _sum(fabric, parts) if last else whole
             # The value of the whole, with the gradient of this part of it.
-            loss = part if task.loss is None else task.loss(whole + (part - part.detach()))
+            loss = (
+                part if objective.loss is None else objective.loss(whole + (part - part.detach()))
+            )
             # Strategies average gradients over processes; those of a sum add up.
             fabric.backward(loss * fabric.world_size)
-    value = float(whole if task.loss is None else task.loss(whole))
+    value = float(whole if objective.loss is None else objective.loss(whole))
     if not math.isfinite(value):
         bad = [m for m, part in zip(micros, parts, strict=True) if not is_finite(part)]
         raise _not_finite(run, micros, f"the loss is {value}", bad)

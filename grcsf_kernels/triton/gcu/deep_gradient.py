@@ -155,10 +155,10 @@ def grcsf_gcu_backward_deep(
     x. For the second one, u_v = sum_k w_vk deep_k, so it is sum_k K_jk deep_k over the deep voxels
     k next to j, with K_jk = sum_v w_vj w_vk beta_v: beta is added into one row for each of the (up
     to 9) pairs of deep rows, and gathered along x with the three products of weights. K is the same
-    for all channels, and symmetric, so that what k gives to its neighbours along x is made at k.
+    for all channels, and symmetric, so that what k gives to its neighbors along x is made at k.
 
     Lanes are TILE_ROWS rows of ROW_V voxels, and TILE_ROWS rows of ROW_J deep voxels. Several rows
-    where a row is short; else blocks of columns that overlap by 2 (HALO), for the neighbours.
+    where a row is short; else blocks of columns that overlap by 2 (HALO), for the neighbors.
 
     Bytes: grad_deep [B, C, V'] written once; every row of skip, alpha and beta is read by the
     (usually 4) deep rows it takes from, which run close together and find it in the L2 cache. Rows
@@ -212,7 +212,7 @@ def grcsf_gcu_backward_deep(
         x_begin = 0
 
     gradient = tl.zeros([BLOCK_C, BLOCK_J], DTYPE)
-    # K of the neighbours in the plane before, in the own plane and in the one after.
+    # K of the neighbors in the plane before, in the own plane and in the one after.
     nothing = tl.zeros([BLOCK_J], DTYPE)
     before = (nothing,) * (3 * AROUND_Y)
     here = before

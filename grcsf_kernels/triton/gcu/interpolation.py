@@ -230,7 +230,7 @@ def upsampled(
         shape: tl.constexpr = here.shape
         index = tl.maximum(lane - 1, 0)[None, :]
         before = tl.gather(here, tl.broadcast_to(index, shape), axis=1)
-        # The last column is its own neighbour; lanes past it are masked later.
+        # The last column is its own neighbor; lanes past it are masked later.
         index = tl.minimum(lane + 1, tl.minimum(deep_width - 1 - start, BLOCK_X - 1))[None, :]
         after = tl.gather(here, tl.broadcast_to(index, shape), axis=1)
         if not WHOLE:

@@ -28,7 +28,7 @@ def volume(tensor: Tensor) -> Tensor:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether the channels of a voxel are neighbours.
+    """Whether the channels of a voxel are neighbors.
 
     Read off the last stride, which is 1 only in contiguous data (or where C = 1 and both are the
     same): the operator's check gives axes of size 1 the strides of their layout.

@@ -31,7 +31,7 @@ from grcsf_kernels.triton.rcu.table import (
 
 @triton.jit
 def corner(patch, GZ, GY, GX, PZ, PY, PX):
-    """Sample (64 bits) and first voxel of a patch; patches along x are neighbours."""
+    """Sample (64 bits) and first voxel of a patch; patches along x are neighbors."""
     gx = patch % GX
     gy = patch // GX % GY
     gz = patch // GX // GY % GZ

@@ -259,7 +259,7 @@ def statistics(
 
 @triton.jit
 def fold(value, TOKENS: tl.constexpr, VALUES: tl.constexpr):
-    """[TOKENS, VALUES] to [TOKENS, VALUES / 8]: sums of neighbours, which one thread has anyway."""
+    """[TOKENS, VALUES] to [TOKENS, VALUES / 8]: sums of neighbors, which one thread has anyway."""
     if VALUES < 8:
         return value
     else:

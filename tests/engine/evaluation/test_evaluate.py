@@ -33,7 +33,7 @@ def evaluated(masks, labels, **options):
 
 
 class TestOrigin:
-    def test_masks_of_the_labelled_images_are_measured_without_a_word(self, folder, masks, capsys):
+    def test_masks_of_the_labeled_images_are_measured_without_a_word(self, folder, masks, capsys):
         result, report = evaluated(masks, folder)
         assert result["remarks"] == [] and not report.failed
         assert set(result["cases"]) == {"case0", "case1", "case2"}

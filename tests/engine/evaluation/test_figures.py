@@ -35,11 +35,11 @@ def _case(**changes: object) -> figures.FigureCase:
 
 
 def _share(picture: np.ndarray, color: str) -> float:
-    """Share of the pixels whose hue is near the colour (painted at 60 % over grey)."""
+    """Share of the pixels whose hue is near the color (painted at 60 % over gray)."""
     painted = np.array(to_rgb(color)) * 0.6
     rest = picture[..., :3] - painted
-    grey = np.ptp(rest, axis=-1) < 0.03
-    return float((grey & (rest.min(-1) > -0.03) & (rest.max(-1) < 0.43)).mean())
+    gray = np.ptp(rest, axis=-1) < 0.03
+    return float((gray & (rest.min(-1) > -0.03) & (rest.max(-1) < 0.43)).mean())
 
 
 def test_largest_slice() -> None:

@@ -176,7 +176,7 @@ def test_radiological_whatever_the_order_of_the_file():
         png = figures.draw_slices(volumes[0], volumes[1], np.zeros_like(volumes[1]), affine)
         pictures.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int))
     for array in pictures:
-        # The label's colour, #00c8ff.
+        # The label's color, #00c8ff.
         rows, columns = np.nonzero((np.abs(array - (0, 200, 255)) < 30).all(-1))
         assert rows.mean() < array.shape[0] * 0.45 and columns.mean() > array.shape[1] * 0.6
     # The picture is the same; only the slice's number in the title is the file's own.

@@ -58,8 +58,8 @@ inline std::size_t space_bytes(const RcuProblem& m, int voxels, int nodes, int b
          shared_bytes<float>(m.maps * nodes * fields);
 }
 
-// Where the weights of four lines of a channel lie: lanes with neighbouring channels read
-// neighbouring vectors, from different banks.
+// Where the weights of four lines of a channel lie: lanes with neighboring channels read
+// neighboring vectors, from different banks.
 __device__ __forceinline__ int weight_at(int channel, int line) {
   return (line / 4 * most_channels + channel) * 4;
 }
@@ -164,7 +164,7 @@ __device__ __forceinline__ float channel_sum(const Share<T>& share) {
   return own[0];
 }
 
-// Queries of `count` voxels of the vector from `first` on: sums over `count` neighbouring lanes,
+// Queries of `count` voxels of the vector from `first` on: sums over `count` neighboring lanes,
 // each of which gets those of one voxel. Two voxels at a time: the sums of more do not fit the
 // registers.
 template <int count, typename T>

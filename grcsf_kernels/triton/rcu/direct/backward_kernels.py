@@ -15,7 +15,7 @@ from grcsf_kernels.triton.rcu.direct.tiles import (
     LOG2E,
     corners,
     expectation,
-    load_centre,
+    load_center,
     load_keys,
     load_tile,
     narrow,
@@ -35,7 +35,7 @@ def slopes(
     total,
     mean,
     plane,
-    centre,
+    center,
     voxels,
     place,
     frame,
@@ -60,7 +60,7 @@ def slopes(
         keys, exists = load_keys(
             plane,
             first,
-            centre,
+            center,
             place,
             frame,
             map_channels,
@@ -173,7 +173,7 @@ def grcsf_rcu_attend_backward(
         of_x = tl.zeros((BLOCK_Q, BLOCK_C), dtype)
         for head in tl.range(0, maps * heads, disable_licm=True):
             k = head // heads
-            centre = load_centre(means, patch, channels, maps, map_channels, k, LANES)
+            center = load_center(means, patch, channels, maps, map_channels, k, LANES)
             plane = residual + (sample * maps + k) * map_channels * volume + map_corner
             own_query = query_weight + head * map_channels * channels
             own_value = value_weight + k * channels * heads * map_channels
@@ -197,7 +197,7 @@ def grcsf_rcu_attend_backward(
             top, total, mean = expectation(
                 a,
                 plane,
-                centre,
+                center,
                 voxels,
                 place,
                 frame,
@@ -225,7 +225,7 @@ def grcsf_rcu_attend_backward(
                 WIDE,
                 PRECISION,
             )
-            expected = mean + centre[None, :]
+            expected = mean + center[None, :]
             of_score += tl.sum(expected * e, axis=1)
             expected = nearest(expected, PRECISION)
             row = (head * map_channels + lane)[:, None] * channels + channel[None, :]
@@ -250,7 +250,7 @@ def grcsf_rcu_attend_backward(
                     total,
                     mean,
                     plane,
-                    centre,
+                    center,
                     voxels,
                     place,
                     frame,

@@ -4,7 +4,7 @@
 *Tiling.* A program takes BLOCK_Q query voxels of one patch and a group of BLOCK_C output channels,
 and loops over maps and heads. A head's queries are a product of the voxels' tile and its weight,
 BLOCK_R channels at a time; keys come in blocks of BLOCK_K voxels, and the logits [BLOCK_Q, BLOCK_K]
-never leave registers. Programs of one patch are neighbours, so its keys come from L1 and L2.
+never leave registers. Programs of one patch are neighbors, so its keys come from L1 and L2.
 
 *Bytes.* x is read once from memory and again from cache by every head; out is written once. The
 work is 2 * LANES multiply-adds, one exponential and some ten other instructions for each of the K *
@@ -28,7 +28,7 @@ from grcsf_kernels.triton.rcu.direct.tiles import (
     LOG2E,
     corners,
     expectation,
-    load_centre,
+    load_center,
     load_tile,
     narrow,
     nearest,
@@ -107,7 +107,7 @@ def grcsf_rcu_attend_forward(
     added = tl.zeros((BLOCK_Q, BLOCK_C), dtype)
     for head in tl.range(0, maps * heads, disable_licm=True):
         k = head // heads
-        centre = load_centre(means, patch, channels, maps, map_channels, k, LANES)
+        center = load_center(means, patch, channels, maps, map_channels, k, LANES)
         plane = residual + (sample * maps + k) * map_channels * volume + map_corner
         a = project(
             x + corner,
@@ -128,7 +128,7 @@ def grcsf_rcu_attend_forward(
         _top, _total, mean = expectation(
             nearest((a + bias[None, :]) * LOG2E, PRECISION),
             plane,
-            centre,
+            center,
             voxels,
             place,
             frame,
@@ -148,7 +148,7 @@ def grcsf_rcu_attend_forward(
             mask=(channel < channels)[None, :] & (lane < map_channels)[:, None],
             other=0,
         )
-        mean = nearest(mean + centre[None, :], PRECISION)
+        mean = nearest(mean + center[None, :], PRECISION)
         added += dot(mean, nearest(weight, PRECISION), PRECISION)
 
     score = tl.load(scores + patch)

@@ -32,7 +32,7 @@ from grcsf_kernels.triton.rcu.direct.tiles import (
     corners,
     expectation,
     geometry,
-    load_centre,
+    load_center,
     load_keys,
     narrow,
     nearest,
@@ -94,7 +94,7 @@ def grcsf_rcu_attend_state(
 
     ``state`` [patches, K * heads, 2 c + 2, queries]: a in units of log2, e, the log2 of the sum of
     weights (infinite where there is no voxel, so that its weights are 0), and e . E about the
-    centre.
+    center.
     """
     program = tl.program_id(0)
     head = program % (maps * heads)
@@ -109,7 +109,7 @@ def grcsf_rcu_attend_state(
     sample = place[0].to(tl.int64)
     lane = tl.arange(0, LANES)
     k = head // heads
-    centre = load_centre(means, patch, channels, maps, map_channels, k, LANES)
+    center = load_center(means, patch, channels, maps, map_channels, k, LANES)
     plane = residual + (sample * maps + k) * map_channels * volume + map_corner
 
     query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -136,7 +136,7 @@ def grcsf_rcu_attend_state(
     top, total, mean = expectation(
         a,
         plane,
-        centre,
+        center,
         patch_z * patch_y * patch_x,
         place,
         frame,
@@ -229,11 +229,11 @@ def grcsf_rcu_attend_map(
     corner = (sample.to(tl.int64) * maps + k) * map_channels * volume + map_corner
     lane = tl.arange(0, LANES)
     of_map = (lane < map_channels)[None, :]
-    centre = load_centre(means, patch, channels, maps, map_channels, k, LANES)
+    center = load_center(means, patch, channels, maps, map_channels, k, LANES)
     keys, exists = load_keys(
         residual + corner,
         block * BLOCK_K,
-        centre,
+        center,
         place,
         frame,
         map_channels,
@@ -270,7 +270,7 @@ def grcsf_rcu_attend_map(
             found += of_a * LN2 + of_e
 
     if HAS_MEANS:
-        through = load_centre(grad_means, patch, channels, maps, map_channels, k, LANES)
+        through = load_center(grad_means, patch, channels, maps, map_channels, k, LANES)
         count = (size_z.to(tl.int64) * size_y * size_x).to(dtype)
         found += (through / count)[None, :]
     voxel = block * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -11,7 +11,7 @@ taken as they are.
 *Lanes.* The c channels of a map lie in LANES >= c lanes, at least the 16 that tensor cores take.
 The lanes beyond c hold 0 in queries and keys alike.
 
-*Centre.* Softmax does not see a constant that is added to all keys, so keys are taken about the
+*Center.* Softmax does not see a constant that is added to all keys, so keys are taken about the
 mean of their patch. Logits are then smaller, and no sum over keys has a mean to cancel.
 
 *Channels.* Where C is more than BLOCK_C the output's channels are cut into groups, one a program,
@@ -217,7 +217,7 @@ def voxel_offsets(
 
 
 @triton.jit
-def load_centre(means, patch, channels, maps, map_channels, k, LANES: tl.constexpr):
+def load_center(means, patch, channels, maps, map_channels, k, LANES: tl.constexpr):
     """Means [LANES] of map k in a patch, from ``means`` [patches, C + K * c]."""
     lane = tl.arange(0, LANES)
     row = means + patch.to(tl.int64) * (channels + maps * map_channels)
@@ -228,7 +228,7 @@ def load_centre(means, patch, channels, maps, map_channels, k, LANES: tl.constex
 def load_keys(
     plane,
     first,
-    centre,
+    center,
     place,
     frame,
     map_channels,
@@ -240,7 +240,7 @@ def load_keys(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Keys [BLOCK_K, LANES] about their centre, from voxel ``first`` on, and which exist.
+    """Keys [BLOCK_K, LANES] about their center, from voxel ``first`` on, and which exist.
 
     ``plane`` points to the patch's first voxel in the first channel of its map.
     """
@@ -255,7 +255,7 @@ def load_keys(
         mask=exists[:, None] & (lane < map_channels)[None, :],
         other=0,
     )
-    return compute(keys, PRECISION) - centre[None, :], exists
+    return compute(keys, PRECISION) - center[None, :], exists
 
 
 @triton.jit
@@ -346,7 +346,7 @@ def load_tile(
 def expectation(
     a,
     plane,
-    centre,
+    center,
     voxels,
     place,
     frame,
@@ -366,7 +366,7 @@ def expectation(
 
     Returns:
         The largest logit [BLOCK_Q] (log2), the sum of weights over it [BLOCK_Q], and the
-        expectation [BLOCK_Q, LANES] of the keys about their centre.
+        expectation [BLOCK_Q, LANES] of the keys about their center.
     """
     BLOCK_Q: tl.constexpr = a.shape[0]
     LANES: tl.constexpr = a.shape[1]
@@ -382,7 +382,7 @@ def expectation(
             keys, exists = load_keys(
                 plane,
                 first,
-                centre,
+                center,
                 place,
                 frame,
                 map_channels,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Switching takes a few instructions on x86-64; elsewhere ucontext, which asks the system each
 // time. AddressSanitizer is told of every switch: it keeps track of the stack it is on.
-#include "fibre.h"
+#include "fiber.h"
 
 #include <sys/mman.h>
 
@@ -20,7 +20,7 @@ namespace grcsf::emulation {
 
 constexpr std::size_t stack_bytes = 256 << 10, guard_bytes = 4096;
 
-struct Fibre {
+struct Fiber {
   std::byte* stack = nullptr;  // null for the caller of enter()
   const void* bottom = nullptr;
   std::size_t bytes = 0;
@@ -30,14 +30,14 @@ struct Fibre {
   ucontext_t context;
 #endif
 
-  ~Fibre() {
+  ~Fiber() {
     if (stack != nullptr) munmap(stack, guard_bytes + stack_bytes);
   }
 };
 
 namespace {
 
-Fibre *entered = nullptr, *caller = nullptr;
+Fiber *entered = nullptr, *caller = nullptr;
 
 #ifdef __x86_64__
 extern "C" void grcsf_switch_stack(void** from, void* to);
@@ -66,7 +66,7 @@ grcsf_switch_stack:
 )");
 #endif
 
-void switch_to(Fibre& from, Fibre& to) {
+void switch_to(Fiber& from, Fiber& to) {
 #ifdef __SANITIZE_ADDRESS__
   void* frames = nullptr;
   __sanitizer_start_switch_fiber(&frames, to.bottom, to.bytes);
@@ -78,72 +78,72 @@ void switch_to(Fibre& from, Fibre& to) {
 #endif
 #ifdef __SANITIZE_ADDRESS__
   // The caller may be another thread each time, with a stack of its own.
-  const bool is_fibre = from.stack != nullptr;
-  __sanitizer_finish_switch_fiber(frames, is_fibre ? &caller->bottom : nullptr,
-                                  is_fibre ? &caller->bytes : nullptr);
+  const bool is_fiber = from.stack != nullptr;
+  __sanitizer_finish_switch_fiber(frames, is_fiber ? &caller->bottom : nullptr,
+                                  is_fiber ? &caller->bytes : nullptr);
 #endif
 }
 
-void begin_fibre() {
+void begin_fiber() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &caller->bottom, &caller->bytes);
 #endif
   for (;;) {
-    run_fibre();
+    run_fiber();
     switch_to(*entered, *caller);
   }
 }
 
-// A stack on which the first switch begins begin_fibre().
-void prepare(Fibre& fibre) {
+// A stack on which the first switch begins begin_fiber().
+void prepare(Fiber& fiber) {
   void* memory = mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(memory, guard_bytes, PROT_NONE);  // stacks grow down: a fault, not another's stack
-  fibre.stack = static_cast<std::byte*>(memory);
-  fibre.bottom = fibre.stack + guard_bytes;
-  fibre.bytes = stack_bytes;
+  fiber.stack = static_cast<std::byte*>(memory);
+  fiber.bottom = fiber.stack + guard_bytes;
+  fiber.bytes = stack_bytes;
 #ifdef __x86_64__
-  auto* top = reinterpret_cast<std::uint64_t*>(fibre.stack + guard_bytes + stack_bytes);
-  *--top = 0;  // where begin_fibre() would return to; also keeps the stack on 16 bytes
-  *--top = reinterpret_cast<std::uint64_t>(&begin_fibre);
+  auto* top = reinterpret_cast<std::uint64_t*>(fiber.stack + guard_bytes + stack_bytes);
+  *--top = 0;  // where begin_fiber() would return to; also keeps the stack on 16 bytes
+  *--top = reinterpret_cast<std::uint64_t>(&begin_fiber);
   for (int i = 0; i < 6; ++i) *--top = 0;
-  fibre.pointer = top;
+  fiber.pointer = top;
 #else
-  getcontext(&fibre.context);
-  fibre.context.uc_stack.ss_sp = fibre.stack + guard_bytes;
-  fibre.context.uc_stack.ss_size = stack_bytes;
-  fibre.context.uc_link = nullptr;
-  makecontext(&fibre.context, begin_fibre, 0);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack + guard_bytes;
+  fiber.context.uc_stack.ss_size = stack_bytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, begin_fiber, 0);
 #endif
 }
 
 }  // namespace
 
-Fibres::Fibres() : main_(std::make_unique<Fibre>()) {}
-Fibres::~Fibres() = default;
+Fibers::Fibers() : main_(std::make_unique<Fiber>()) {}
+Fibers::~Fibers() = default;
 
-void Fibres::start(int count) {
+void Fibers::start(int count) {
   while (static_cast<int>(all_.size()) < count) {
-    all_.push_back(std::make_unique<Fibre>());
+    all_.push_back(std::make_unique<Fiber>());
     prepare(*all_.back());
   }
 }
 
-void Fibres::enter(int index) {
+void Fibers::enter(int index) {
   caller = main_.get();
   entered = all_[index].get();
   switch_to(*main_, *entered);
 }
 
-void Fibres::leave() {
-  Fibre& own = *entered;
+void Fibers::leave() {
+  Fiber& own = *entered;
   switch_to(own, *caller);
 }
 
-void Fibres::abandon() {
+void Fibers::abandon() {
 #ifdef __SANITIZE_ADDRESS__
-  for (auto& fibre : all_) __asan_unpoison_memory_region(fibre->bottom, fibre->bytes);
+  for (auto& fiber : all_) __asan_unpoison_memory_region(fiber->bottom, fiber->bytes);
 #endif
   all_.clear();
 }
