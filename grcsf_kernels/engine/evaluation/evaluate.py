@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,10 @@ def evaluate(
         What ``evaluation.json`` holds. ``cases``: the measures by case
         (:func:`.metrics.measure`); ``mean``: their means over the cases where they are defined;
         ``summary``: means and medians with intervals (:func:`.bootstrap.summarize`);
-        ``lesions``: volume in mm^3 and
-        whether it was found, of each lesion by case; ``lesions_by_size``: the share of them that
-        was found; ``remarks``: masks whose header says that they were made from another image than
-        the label's, or with other settings or models than most. What is not defined (the distance
-        to an empty mask) is None.
+        ``lesions``: volume in mm^3 and whether it was found, of each lesion by case;
+        ``lesions_by_size``: the share of them that was found; ``remarks``: masks whose header says
+        that they were made from another image than the label's, or with other settings or models
+        than most. What is not defined (the distance to an empty mask) is None.
 
     Raises:
         InputError: nothing can be measured, or a setting is out of its range.
@@ -75,29 +76,6 @@ def evaluate(
     config = EvaluateConfig() if config is None else config
     check(config)
     report = Report() if report is None else report
-    cases: dict[str, dict[str, float | None]] = {}
-    lesions: dict[str, list[tuple[float, bool]]] = {}
-    origins: dict[Path, Origin] = {}
-    remarks: list[str] = []
-
-    def work(case: Case) -> Path:
-        assert case.label is not None
-        if case.name not in masks:
-            path = Path(predictions) / f"{case.name}_mask.nii.gz"
-            raise InputError(path, "does not exist", "run grcsf predict on all images")
-        path = masks[case.name]
-        reference = read_volume(case.image)
-        label = read_label(case.label, reference, config.lesion_labels)
-        mask = _read_mask(path, case, reference, origins, remarks)
-        spacing = nib.affines.voxel_sizes(reference.affine)
-        both = mask.array > 0, label.array > 0
-        measures = measure(*both, spacing)
-        lesions[case.name] = find_lesions(*both, spacing)
-        cases[case.name] = {
-            name: None if math.isnan(value) else value for name, value in measures.items()
-        }
-        return path
-
     known = find_labels(labels, report, config.lesion_labels)
     names = {case.name for case in known}
     names |= {stem(path).rsplit("_", 1)[0] for path, _ in report.failed}  # reported already
@@ -105,32 +83,75 @@ def evaluate(
     known = [case for case in known if case.name not in double]
     for name in sorted(masks.keys() - names):
         report.skip(masks[name], f"{masks[name]}: has no label; add it or remove the mask")
-    for_each(known, work, report, "measuring")
-    if not cases:
+    measured = _Measurement(Path(predictions), masks, config)
+    for_each(known, measured, report, "measuring")
+    if not measured.cases:
         raise InputError(predictions, "no case can be measured", "see the reasons above")
-    runs = Counter(origin.run for origin in origins.values())
-    for path, origin in origins.items():
-        if origin.run != runs.most_common(1)[0][0]:
-            remarks.append(f"{path}: was made with other settings or models than most masks")
-    remarks = [printable(remark) for remark in remarks]
-    for remark in remarks:
-        warn(remark)
-    summary = summarize(list(cases.values()))
-    result = {
-        "cases": cases,
-        "mean": {name: row["mean"] for name, row in summary.items()},
-        "summary": summary,
-        "lesions": {name: [list(lesion) for lesion in found] for name, found in lesions.items()},
-        "lesions_by_size": sensitivity_by_size(lesions.values()),
-        "remarks": remarks,
-    }
+    result = measured.result()
     folder = Path(output or predictions)
     text = json.dumps(result, indent=1)
     write_whole(folder / "evaluation.json", lambda temporary: temporary.write_text(text))
-    measured = [case for case in known if case.name in cases]
+    shown = [case for case in known if case.name in measured.cases]
     page = folder / "evaluation.html"
-    write_html(page, result, measured, predictions, masks, config, report)
+    write_html(page, result, shown, predictions, masks, config, report)
     return result
+
+
+@dataclass
+class _Measurement:
+    """Measures of cases, as they are read."""
+
+    predictions: Path
+    masks: Mapping[str, Path]
+    config: EvaluateConfig
+    cases: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    lesions: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
+    origins: dict[Path, Origin] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def __call__(self, case: Case) -> Path:
+        """Measure a case; returns its mask."""
+        assert case.label is not None
+        if case.name not in self.masks:
+            path = self.predictions / f"{case.name}_mask.nii.gz"
+            raise InputError(path, "does not exist", "run grcsf predict on all images")
+        path = self.masks[case.name]
+        reference = read_volume(case.image)
+        label = read_label(case.label, reference, self.config.lesion_labels)
+        mask = _read_mask(path, case, reference, self.origins, self.remarks)
+        spacing = nib.affines.voxel_sizes(reference.affine)
+        both = mask.array > 0, label.array > 0
+        measures = measure(*both, spacing)
+        self.lesions[case.name] = find_lesions(*both, spacing)
+        self.cases[case.name] = {
+            name: None if math.isnan(value) else value for name, value in measures.items()
+        }
+        return path
+
+    def result(self) -> dict[str, Any]:
+        """What ``evaluation.json`` holds; remarks are printed, too."""
+        runs = Counter(origin.run for origin in self.origins.values())
+        remarks = [
+            *self.remarks,
+            *(
+                f"{path}: was made with other settings or models than most masks"
+                for path, origin in self.origins.items()
+                if origin.run != runs.most_common(1)[0][0]
+            ),
+        ]
+        remarks = [printable(remark) for remark in remarks]
+        for remark in remarks:
+            warn(remark)
+        summary = summarize(list(self.cases.values()))
+        lesions = self.lesions
+        return {
+            "cases": self.cases,
+            "mean": {name: row["mean"] for name, row in summary.items()},
+            "summary": summary,
+            "lesions": {name: [list(one) for one in found] for name, found in lesions.items()},
+            "lesions_by_size": sensitivity_by_size(lesions.values()),
+            "remarks": remarks,
+        }
 
 
 def _read_mask(

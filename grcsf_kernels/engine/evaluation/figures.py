@@ -224,7 +224,6 @@ def draw_slices(
         The bytes of the file.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patheffects import withStroke
 
     orientation = nib.io_orientation(affine)
     sizes = nib.affines.voxel_sizes(affine)
@@ -247,33 +246,45 @@ def draw_slices(
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     look = {"origin": "lower", "aspect": sizes[up] / sizes[across], "interpolation": "nearest"}
     for axis, (index, why) in zip(axes, shown, strict=True):
-        axis.set_facecolor("black")
         place = (*window, index)
-        one, two = (mask[place].T for mask in (truth, prediction))
-        if image is None:
-            axis.imshow(one * 0.35 + two * 0.25, cmap="gray", vmin=0, vmax=1, **look)
-        else:
-            slab = image[place].T
-            axis.imshow(slab, **_gray(slab), **look)
-        for mask, color, thick in ((one, TRUTH, 2.0), (two, PREDICTION, 1.2)):
-            if mask.any():
-                # Contours close at the edge of the picture, too.
-                grid = (np.arange(-1, size + 1) for size in mask.T.shape)
-                axis.contour(*grid, np.pad(mask, 1), levels=[0.5], colors=color, linewidths=thick)
-        axis.set_xlim(one.shape[1] - 0.5, -0.5)  # the patient's right is at the left
-        axis.set_ylim(-0.5, one.shape[0] - 0.5)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for letter, x, y, ha, va in _SIDES:
-            text = axis.text(x, y, letter, ha=ha, va=va, transform=axis.transAxes)
-            text.set(color="white", fontsize=10, weight="bold")
-            text.set_path_effects([withStroke(linewidth=2, foreground="black")])
+        slab = None if image is None else image[place].T
+        _draw_slice(axis, slab, truth[place].T, prediction[place].T, look)
         # The number that a viewer of the file shows.
         flipped = orientation[through, 1] < 0
         number = truth.shape[2] - 1 - index if flipped else index
         reasons = " and\n".join(why)
         axis.set_title(f"{reasons}: {'ijk'[through]} = {number}", fontsize=10)
     return _png(figure)
+
+
+def _draw_slice(
+    axis: Any,
+    image: NDArray[np.floating] | None,
+    truth: NDArray[np.bool_],
+    prediction: NDArray[np.bool_],
+    look: dict[str, Any],
+) -> None:
+    """One slice with both contours and the letters of its sides; arrays are [rows, columns]."""
+    from matplotlib.patheffects import withStroke
+
+    axis.set_facecolor("black")
+    if image is None:
+        axis.imshow(truth * 0.35 + prediction * 0.25, cmap="gray", vmin=0, vmax=1, **look)
+    else:
+        axis.imshow(image, **_gray(image), **look)
+    for mask, color, thick in ((truth, TRUTH, 2.0), (prediction, PREDICTION, 1.2)):
+        if mask.any():
+            # Contours close at the edge of the picture, too.
+            grid = (np.arange(-1, size + 1) for size in mask.T.shape)
+            axis.contour(*grid, np.pad(mask, 1), levels=[0.5], colors=color, linewidths=thick)
+    axis.set_xlim(truth.shape[1] - 0.5, -0.5)  # the patient's right is at the left
+    axis.set_ylim(-0.5, truth.shape[0] - 0.5)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for letter, x, y, ha, va in _SIDES:
+        text = axis.text(x, y, letter, ha=ha, va=va, transform=axis.transAxes)
+        text.set(color="white", fontsize=10, weight="bold")
+        text.set_path_effects([withStroke(linewidth=2, foreground="black")])
 
 
 def box_plots(measures: Mapping[str, Sequence[float]]) -> bytes:

@@ -59,20 +59,6 @@ def write_html(
     Returns:
         ``path``.
     """
-    # jinja2, which torch needs as well, escapes every name.
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    environment.filters["number"] = _number
-    source = resources.files("grcsf_kernels.engine.evaluation").joinpath("report.html.jinja")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
-
     measures = result["cases"]
     worst = sorted(cases, key=lambda case: (measures[case.name]["dice"], case.name))[: config.cases]
     plots = {
@@ -80,7 +66,7 @@ def write_html(
         for name, (title, _, plotted) in MEASURES.items()
         if plotted
     }
-    stream = template.generate(
+    stream = _template().generate(
         result=result,
         measures=MEASURES,
         counts=COUNTS,
@@ -101,6 +87,22 @@ def write_html(
             file.writelines(stream)
 
     return write_whole(path, write)
+
+
+def _template() -> Any:
+    """The page; every name in it is escaped."""
+    from jinja2 import Environment, StrictUndefined  # torch needs it as well
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters["number"] = _number
+    source = resources.files("grcsf_kernels.engine.evaluation").joinpath("report.html.jinja")
+    return environment.from_string(source.read_text(encoding="utf-8"))
 
 
 def _slices(

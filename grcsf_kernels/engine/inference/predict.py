@@ -90,94 +90,139 @@ def predict(
     check(config)
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
     ensemble = _Ensemble.load(paths, config)
-    maps = None
+    maps = cached = None
     if ensemble.num_maps and residuals is None:
-        if not autoencoders:
-            raise InputError(
-                paths[0],
-                "has region compensation units and needs residual maps",
-                "name the autoencoders (--autoencoder) or the cached maps (--residuals)",
-            )
-        maps = VolumeMaps(autoencoders, config.residuals)
-        autoencoders = maps.paths
-        if maps.data != ensemble.data:
-            raise InputError(
-                autoencoders[0],
-                "was trained with other preprocessing than the segmentation model: "
-                + unlike(maps.data, ensemble.data),
-                "use the autoencoders that its residual maps came from",
-            )
-        if len(maps.paths) != ensemble.num_maps:
-            raise InputError(
-                paths[0],
-                f"takes {ensemble.num_maps} residual maps, and there are {len(maps.paths)} "
-                "autoencoders",
-                "use the autoencoders that its residual maps came from",
-            )
-    cached = CachedMaps(residuals) if ensemble.num_maps and residuals is not None else None
-    known = cached if maps is None else maps
-    if known is not None:
-        where = Path(autoencoders[0] if residuals is None else residuals)
-        for trained in ensemble.made_by:
-            for note in compare_maps(trained, known.description, where):
-                warn(note)
-    preprocessing = Preprocessing(ensemble.data)
-    fingerprint = Fingerprint(config, [*paths, *(autoencoders if maps is not None else ())])
+        maps = _matching_maps(ensemble, paths[0], autoencoders, config)
+        ensemble.compare(maps.description, maps.paths[0])
+    elif ensemble.num_maps and residuals is not None:
+        cached = CachedMaps(residuals)
+        ensemble.compare(cached.description, Path(residuals))
+    made_of = [*paths, *(() if maps is None else maps.paths)]
     Path(output).mkdir(parents=True, exist_ok=True)
-    kinds = ["mask"] + ["probability"] * config.probabilities + ["uncertainty"] * config.uncertainty
+    predictor = _CasePredictor(
+        config=config,
+        ensemble=ensemble,
+        preprocessing=Preprocessing(ensemble.data),
+        maps=maps,
+        cached=cached,
+        fingerprint=Fingerprint(config, made_of),
+        output=Path(output),
+        overwrite=overwrite,
+    )
+    cases = find_images(images, report, ensemble.data.bids_suffixes)
+    for_each(shard(cases), predictor, report, "segmenting")
+    wait_for_others()
+    return report
 
-    def paths_of(case: Case) -> dict[str, Path]:
-        return {kind: Path(output) / f"{case.name}_{kind}.nii.gz" for kind in kinds}
 
-    def work(case: Case) -> Path:
+def _matching_maps(
+    ensemble: _Ensemble, model: Path, autoencoders: Sequence[Path], config: PredictConfig
+) -> VolumeMaps:
+    """The autoencoders' residual maps.
+
+    Raises:
+        InputError: no autoencoders, or not those that the network was trained with.
+    """
+    if not autoencoders:
+        raise InputError(
+            model,
+            "has region compensation units and needs residual maps",
+            "name the autoencoders (--autoencoder) or the cached maps (--residuals)",
+        )
+    maps = VolumeMaps(autoencoders, config.residuals)
+    remedy = "use the autoencoders that its residual maps came from"
+    if maps.data != ensemble.data:
+        raise InputError(
+            maps.paths[0],
+            "was trained with other preprocessing than the segmentation model: "
+            + unlike(maps.data, ensemble.data),
+            remedy,
+        )
+    if len(maps.paths) != ensemble.num_maps:
+        raise InputError(
+            model,
+            f"takes {ensemble.num_maps} residual maps, and there are {len(maps.paths)} "
+            "autoencoders",
+            remedy,
+        )
+    return maps
+
+
+@dataclass
+class _CasePredictor:
+    """From a case to its files; the path of the mask."""
+
+    config: PredictConfig
+    ensemble: _Ensemble
+    preprocessing: Preprocessing
+    maps: VolumeMaps | None  # makes residual maps
+    cached: CachedMaps | None  # or has them
+    fingerprint: Fingerprint
+    output: Path
+    overwrite: bool
+
+    @property
+    def kinds(self) -> list[str]:
+        """What is written of each case."""
+        config = self.config
+        wanted = ["probability"] * config.probabilities + ["uncertainty"] * config.uncertainty
+        return ["mask", *wanted]
+
+    def paths_of(self, case: Case) -> dict[str, Path]:
+        """The files of a case by kind."""
+        return {kind: self.output / f"{case.name}_{kind}.nii.gz" for kind in self.kinds}
+
+    def __call__(self, case: Case) -> Path:
+        """Segment, and name an older mask that an error leaves standing."""
         try:
-            return segment(case)
+            return report_out_of_memory(self.segment)(case)
         except InputError as error:
             # It is not removed: what went wrong may be the model or a path, and masks take time.
-            older = paths_of(case)["mask"]
+            older = self.paths_of(case)["mask"]
             if not older.is_file():
                 raise
             remedy = f"{error.remedy}; {older} is there from an earlier call, and not of this one"
             raise InputError(error.where, error.problem, remedy) from error
 
-    @report_out_of_memory
-    def segment(case: Case) -> Path:
-        outputs = paths_of(case)
-        of_case = None if cached is None else cached.path(case)
-        description = fingerprint.of(case.name, case.images, of_case)
-        if not overwrite and is_finished(outputs.values(), description):
+    def segment(self, case: Case) -> Path:
+        """Segment, or keep what is finished."""
+        outputs, config = self.paths_of(case), self.config
+        of_case = None if self.cached is None else self.cached.path(case)
+        description = self.fingerprint.of(case.name, case.images, of_case)
+        if not self.overwrite and is_finished(outputs.values(), description):
             return outputs["mask"]
         for path in outputs.values():
             remove_leftovers(path)
-        scratch = Scratch(output, config.accumulate, config.memory_gb * 1e9)
-        sample, placement = load_placed(case, preprocessing, scratch)
+        scratch = Scratch(self.output, config.accumulate, config.memory_gb * 1e9)
+        sample, placement = load_placed(case, self.preprocessing, scratch)
         volume = sample.volume
-        check_channels(sample, ensemble.channels, "the model takes")
-        if of_case is not None:
-            kept = read_residual(of_case, volume, scratch)
-            sample.residual = place_maps(kept, placement, config.precision, scratch)
-            del kept
-        if maps is not None:
-            check_size(sample, maps.patch, "the autoencoder's patch")
-            own = config.residuals
-            store = Scratch(output, own.accumulate, own.memory_gb * 1e9)
-            sample.residual = maps(sample.image, case.name, store)
-        probability = ensemble.probability(sample, scratch)
+        check_channels(sample, self.ensemble.channels, "the model takes")
+        self.add_maps(sample, placement, of_case, scratch)
+        probability = self.ensemble.probability(sample, scratch)
         del sample
-        results = _restored(probability, placement, volume.array.shape, kinds, config, scratch)
+        shape = volume.array.shape
+        results = _restored(probability, placement, shape, self.kinds, config, scratch)
         del probability
         if config.min_lesion_mm3:
             voxel = abs(float(np.linalg.det(volume.affine[:3, :3])))
             remove_small(results["mask"], voxel, config.min_lesion_mm3, scratch)
         # The mask last: it is what says that a case is done.
-        for kind in reversed(kinds):
+        for kind in reversed(self.kinds):
             write_volume(outputs[kind], results.pop(kind), volume, description)
         return outputs["mask"]
 
-    cases = find_images(images, report, ensemble.data.bids_suffixes)
-    for_each(shard(cases), work, report, "segmenting")
-    wait_for_others()
-    return report
+    def add_maps(
+        self, sample: Sample, placement: Placement, path: Path | None, scratch: Scratch
+    ) -> None:
+        """Give the case its residual maps, where the network takes some."""
+        if path is not None:
+            kept = read_residual(path, sample.volume, scratch)
+            sample.residual = place_maps(kept, placement, self.config.precision, scratch)
+        if self.maps is not None:
+            check_size(sample, self.maps.patch, "the autoencoder's patch")
+            own = self.config.residuals
+            store = Scratch(self.output, own.accumulate, own.memory_gb * 1e9)
+            sample.residual = self.maps(sample.image, sample.case.name, store)
 
 
 def find_images(
@@ -241,6 +286,12 @@ class _Ensemble:
     num_maps: int
     made_by: list[dict[str, Any] | None]
     config: PredictConfig
+
+    def compare(self, description: dict[str, Any] | None, where: Path) -> None:
+        """Warn where residual maps differ from those that a network was trained with."""
+        for trained in self.made_by:
+            for note in compare_maps(trained, description, where):
+                warn(note)
 
     @classmethod
     def load(cls, paths: Sequence[Path], config: PredictConfig) -> _Ensemble:

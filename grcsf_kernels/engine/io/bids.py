@@ -114,23 +114,7 @@ def pairs(
         Images, masks, and the cases that were reported.
     """
     every = _files(folder, report)
-    masks = [file for file in every if file.is_lesion]
-    images = [file for file in every if file.suffix in suffixes]
-    if masks:
-        space = min(mask.space for mask in masks)
-        _say_sessions([m for m in masks if m.space != space], masks, space, "masks")
-        masks = [mask for mask in masks if mask.space == space]
-        files = [file for file in images if file.space == space]
-    else:
-        inside = [file for file in images if "derivatives" not in file.path.parts]
-        space = min((file.space for file in inside or images), default="")
-        files = [file for file in inside or images if file.space == space]
-        others = sorted({file.suffix for file in every if file.is_mask})
-        if labels and others:
-            warn(
-                f"{folder}: masks called {', '.join(others)} are not taken for lesions: expected "
-                "label-lesion or a desc with lesion in it"
-            )
+    files, masks = _of_one_space(folder, every, suffixes, labels)
     _say_missing(folder, every, files, suffixes, " in the space of the lesion masks" * bool(masks))
     double: set[str] = set()
     for paths in _by_folder((*files, *(masks if labels else ()))).values():
@@ -162,6 +146,28 @@ def pairs(
             if mask not in used:
                 report.skip(mask.path, f"{mask.path}: has no image of its run; add it")
     return found, drawn_of, reported
+
+
+def _of_one_space(
+    folder: Path, every: Sequence[_File], suffixes: Sequence[str], labels: bool
+) -> tuple[list[_File], list[_File]]:
+    """Images and lesion masks in the space of the masks; without any mask the raw images."""
+    masks = [file for file in every if file.is_lesion]
+    images = [file for file in every if file.suffix in suffixes]
+    if masks:
+        space = min(mask.space for mask in masks)
+        _say_sessions([m for m in masks if m.space != space], masks, space, "masks")
+        masks = [mask for mask in masks if mask.space == space]
+        return [file for file in images if file.space == space], masks
+    inside = [file for file in images if "derivatives" not in file.path.parts]
+    space = min((file.space for file in inside or images), default="")
+    others = sorted({file.suffix for file in every if file.is_mask})
+    if labels and others:
+        warn(
+            f"{folder}: masks called {', '.join(others)} are not taken for lesions: expected "
+            "label-lesion or a desc with lesion in it"
+        )
+    return [file for file in inside or images if file.space == space], masks
 
 
 def _by_folder(files: Sequence[_File]) -> dict[Path, list[Path]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from grcsf_kernels.common.atomic_files import saving
@@ -79,67 +80,86 @@ def train(
     fabric = launch(config.optimization)
     cached = None if residuals is None else CachedMaps(residuals)
     samples = _load(data, config, cached, report)
-    divided = split(samples.cases, config)
-    training, validation = (samples.subset(part) for part in divided)
-    first = samples[0]
-    channels = first.image.shape[0]
-    maps = 0 if first.residual is None else first.residual.shape[0]
-    made_by = None if cached is None else cached.description
-    seed = config.optimization.seed
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(config, max(maps, 1), channels)
+    training = _Training(Path(output), config, samples, cached, fabric)
+    with only_run(fabric, output), training.logs:
+        training.run()
+    return training.path
 
-    def describe() -> None:
-        with saving(output):
-            save_config(config, Path(output) / "train.yaml")
-            save_split(Path(output) / "split.json", samples.cases, divided)
 
-    criterion = DiceFocal()
-    crops = LesionCrops(training, config, seed)
-    path = Path(output) / "model.safetensors"
-    state_path = path.with_suffix(".state")
-    identity = run_identity(config, samples.names, fabric.world_size)
-    logs = Logs(Path(output) / "logs", enabled=fabric.is_global_zero)
+class _Training:
+    """One training: its cases, its network, and what is written of it."""
 
-    def parts(network: nn.Module, batch: MicroBatch) -> Tensor:
-        image, label, residual = batch.crops.split([channels, 1, maps], dim=1)
-        logits = network(image, residual if maps else None)
-        return criterion.parts(logits, label, batch.share)
+    def __init__(
+        self,
+        output: Path,
+        config: TrainConfig,
+        samples: Samples,
+        cached: CachedMaps | None,
+        fabric: Fabric,
+    ) -> None:
+        self.output, self.config, self.samples, self.fabric = output, config, samples, fabric
+        self.divided = split(samples.cases, config)
+        training, self.validation = (samples.subset(part) for part in self.divided)
+        first = samples[0]
+        self.channels = first.image.shape[0]
+        self.maps = 0 if first.residual is None else first.residual.shape[0]
+        self.made_by = None if cached is None else cached.description
+        self.path = output / "model.safetensors"
+        self.logs = Logs(output / "logs", enabled=fabric.is_global_zero)
+        self.criterion = DiceFocal()
+        seed = config.optimization.seed
+        self.crops = LesionCrops(training, config, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = build(config, max(self.maps, 1), self.channels)
 
-    def keep(network: nn.Module) -> None:
-        with saving(path):
-            save_checkpoint(path, network, config.data, config.crop_size, made_by)
-
-    def epoch_done(network: nn.Module, epoch: int, best: float) -> float:
-        last = epoch + 1 == config.optimization.epochs
-        if not validation:
-            keep(network)
-            return best
-        if last or (epoch + 1) % config.validation_every == 0:
-            network.to(fabric.device)
-            score = _validate(network, validation, config, logs, epoch)
-            logs.number("validation dice", score, epoch)
-            if score > best or not path.exists():
-                keep(network)
-                return score
-        return best
-
-    with only_run(fabric, output), logs:
+    def run(self) -> None:
+        """Train, from where a former call ended."""
+        config, model = self.config, self.config.model
+        state_path = self.path.with_suffix(".state")
+        identity = run_identity(config, self.samples.names, self.fabric.world_size)
         # Nothing of the run that is there is overwritten before this one can go on from it.
-        expect_own_states(fabric, {state_path: identity})
-        on_first(fabric, describe)
+        expect_own_states(self.fabric, {state_path: identity})
+        on_first(self.fabric, self._describe)
         fit(
-            model,
-            Objective(crops, parts, criterion.loss, epoch_done),
+            self.model,
+            Objective(self.crops, self._loss_terms, self.criterion.loss, self._epoch_done),
             config.optimization,
-            fabric=fabric,
+            fabric=self.fabric,
             state_path=state_path,
             identity=identity,
-            title="GRCSF" if config.model.use_gcu or config.model.use_rcu else "backbone",
-            log=logs.number,
+            title="GRCSF" if model.use_gcu or model.use_rcu else "backbone",
+            log=self.logs.number,
         )
-    return path
+
+    def _describe(self) -> None:
+        with saving(self.output):
+            save_config(self.config, self.output / "train.yaml")
+            save_split(self.output / "split.json", self.samples.cases, self.divided)
+
+    def _loss_terms(self, network: nn.Module, batch: MicroBatch) -> Tensor:
+        image, label, maps = batch.crops.split([self.channels, 1, self.maps], dim=1)
+        logits = network(image, maps if self.maps else None)
+        return self.criterion.parts(logits, label, batch.share)
+
+    def _keep(self, network: nn.Module) -> None:
+        with saving(self.path):
+            config = self.config
+            save_checkpoint(self.path, network, config.data, config.crop_size, self.made_by)
+
+    def _epoch_done(self, network: nn.Module, epoch: int, best: float) -> float:
+        last = epoch + 1 == self.config.optimization.epochs
+        if not self.validation:
+            self._keep(network)
+            return best
+        if last or (epoch + 1) % self.config.validation_every == 0:
+            network.to(self.fabric.device)
+            score = _validate(network, self.validation, self.config, self.logs, epoch)
+            self.logs.number("validation dice", score, epoch)
+            if score > best or not self.path.exists():
+                self._keep(network)
+                return score
+        return best
 
 
 def build(config: TrainConfig, num_maps: int, channels: int = 1) -> GRCSF:

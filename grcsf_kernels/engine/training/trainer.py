@@ -100,21 +100,43 @@ def _translate_peer_failure(fabric: Fabric) -> Iterator[None]:
         ) from error
 
 
-@dataclass
-class _Run:
+class _Trainer:
     """A network in training. ``model`` has the names of the file, ``wrapped`` the strategy."""
 
-    fabric: Fabric
-    model: nn.Module
-    wrapped: Any
-    optimizer: Any
-    average: WeightAverage
-    config: OptimizationConfig
-    objective: Objective
-    done: int = 0  # steps
-    total: float = 0.0  # of the losses of the running epoch
-    best: float = -math.inf
-    saved: int = 0  # steps that the state on the disk has
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        config: OptimizationConfig,
+        *,
+        fabric: Fabric,
+        state_path: Path,
+        identity: str,
+        title: str,
+    ) -> None:
+        self.model, self.objective, self.config, self.fabric = model, objective, config, fabric
+        self.state_path, self.identity, self.title = state_path, identity, title
+        self.done = 0  # steps
+        self.total = 0.0  # of the losses of the running epoch
+        self.best = -math.inf
+        self.saved = 0  # steps that the state on the disk has
+        # Read by the networks' forward; no parameter, and no part of the model file.
+        model.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
+        # Sharding changes a network's class and its weights; what is written is an ordinary one.
+        self.ordinary = copy.deepcopy(model) if is_sharded(fabric) else model
+        compiled: Any = torch.compile(model) if config.compile else model
+        self.wrapped: Any = fabric.setup_module(compiled)
+        self.optimizer: Any = fabric.setup_optimizers(
+            torch.optim.AdamW(
+                model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            )
+        )
+        self.average = WeightAverage(model.parameters(), config.ema_decay)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        return self.config.epochs * self.config.steps_per_epoch
 
     @property
     def kept(self) -> str:
@@ -158,6 +180,94 @@ class _Run:
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.done, self.total, self.best = state["done"], state["total"], state["best"]
         self.saved = self.done
+
+    def resume(self) -> None:
+        """Load the state where there is one; the same on all processes."""
+        on_first(self.fabric, lambda: remove_leftovers(self.state_path))
+        remedy = (
+            "give every process the same data and settings, and an output folder that they share"
+        )
+        expect_same(self.fabric, self.identity, "the run", remedy)
+        state = load_state(self.state_path, self.identity)
+        there = None if state is None else state["done"]
+        expect_same(self.fabric, there, str(self.state_path), remedy)
+        if state is None:
+            return
+        self.load(state)
+        if self.done < self.steps:
+            epoch, step = divmod(self.done, self.config.steps_per_epoch)
+            where = f"epoch {epoch} of {self.config.epochs}"
+            where += f" and {step} steps" if step else ""
+            console.print(f"{self.title}: resuming after {where}")
+
+    def expect_finite(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """InputError unless all weights are finite."""
+        epoch, step = divmod(self.done - 1, self.config.steps_per_epoch)
+        where = f"epoch {epoch + 1}, step {step + 1}"
+        require_finite(where, named, "weights", f"{_REMEDY}; {self.kept}")
+
+    def save(self) -> None:
+        """Write the state, on the first process."""
+        content = self.state() | {"identity": self.identity}
+
+        def write() -> None:
+            self.expect_finite(tensors_of(content))
+            with saving(self.state_path):
+                save_state(self.state_path, content)
+
+        on_first(self.fabric, write)
+        self.saved = self.done
+
+    def end_epoch(self, epoch: int) -> None:
+        """Hand the network, as it is kept, to the objective on the first process."""
+        self.model.eval()
+        with self.average.applied():
+            if self.ordinary is not self.model:
+                weights = get_model_state_dict(self.model, options=_WHOLE)
+                if self.fabric.is_global_zero:
+                    self.ordinary.load_state_dict(weights)
+                    self.ordinary.eval()
+
+            def look_and_keep() -> float:
+                self.expect_finite(self.ordinary.state_dict().items())
+                return self.objective.epoch_done(self.ordinary, epoch, self.best)
+
+            self.best = on_first(self.fabric, look_and_keep)
+
+    def train(self, log: Callable[[str, float, int], None]) -> None:
+        """All steps that are left."""
+        steps = load_steps(self.objective.crops, self.config, self.fabric, self.done)
+        with _progress(disable=not self.fabric.is_global_zero) as progress:
+            bar = progress.add_task(
+                self.title, total=self.steps, completed=self.done, loss=math.nan
+            )
+            self.model.train()
+            since, timed = time.perf_counter(), 0
+            pace = Pace(self.title, self.steps - self.done)
+            for micros in steps:
+                epoch, index = micros[0].epoch, micros[0].step
+                rate = learning_rate(self.config, self.done)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                value = _one_step(self, micros)
+                self.done, self.total, timed = self.done + 1, self.total + value, timed + 1
+                progress.update(bar, advance=1, loss=value)
+                if line := pace.step():
+                    warn(line)
+                if index + 1 < self.config.steps_per_epoch:
+                    every = self.config.checkpoint_every
+                    if every and self.done % every == 0:
+                        self.save()
+                    continue
+                log("loss", self.total / self.config.steps_per_epoch, epoch)
+                log("learning rate", rate, epoch)
+                log("seconds a step", (time.perf_counter() - since) / timed, epoch)
+                self.end_epoch(epoch)
+                self.total = 0.0
+                self.save()
+                self.model.train()
+                since, timed = time.perf_counter(), 0
+        self.model.eval()
 
 
 def expect_own_states(fabric: Fabric, identities: dict[Path, str]) -> None:
@@ -207,102 +317,20 @@ def fit(
             processes, all raise. No state or model with such weights is written.
     """
     with _translate_peer_failure(fabric):
-        # Read by the networks' forward; no parameter, and no part of the model file.
-        model.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
-        # Sharding changes a network's class and its weights; what is kept is an ordinary one.
-        kept = copy.deepcopy(model) if is_sharded(fabric) else model
-        compiled: Any = torch.compile(model) if config.compile else model
-        wrapped = fabric.setup_module(compiled)
-        optimizer: Any = fabric.setup_optimizers(
-            torch.optim.AdamW(
-                model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-            )
+        trainer = _Trainer(
+            model,
+            objective,
+            config,
+            fabric=fabric,
+            state_path=state_path,
+            identity=identity,
+            title=title,
         )
-        average = WeightAverage(model.parameters(), config.ema_decay)
-        run = _Run(fabric, model, wrapped, optimizer, average, config, objective)
-
-        on_first(fabric, lambda: remove_leftovers(state_path))
-        remedy = (
-            "give every process the same data and settings, and an output folder that they share"
-        )
-        expect_same(fabric, identity, "the run", remedy)
-        state = load_state(state_path, identity)
-        expect_same(fabric, None if state is None else state["done"], str(state_path), remedy)
-        if state is not None:
-            run.load(state)
-            if run.done < config.epochs * config.steps_per_epoch:
-                epoch, step = divmod(run.done, config.steps_per_epoch)
-                where = f"epoch {epoch} of {config.epochs}" + (f" and {step} steps" if step else "")
-                console.print(f"{title}: resuming after {where}")
-
-        def expect_good(named: Iterable[tuple[str, Tensor]]) -> None:
-            epoch, step = divmod(run.done - 1, config.steps_per_epoch)
-            where = f"epoch {epoch + 1}, step {step + 1}"
-            require_finite(where, named, "weights", f"{_REMEDY}; {run.kept}")
-
-        def save() -> None:
-            content = run.state() | {"identity": identity}
-
-            def write() -> None:
-                expect_good(tensors_of(content))
-                with saving(state_path):
-                    save_state(state_path, content)
-
-            on_first(fabric, write)
-            run.saved = run.done
-
-        def epoch_done(epoch: int) -> None:
-            model.eval()
-            with average.applied():
-                if kept is not model:
-                    weights = get_model_state_dict(model, options=_WHOLE)
-                    if fabric.is_global_zero:
-                        kept.load_state_dict(weights)
-                        kept.eval()
-
-                def look_and_keep() -> float:
-                    expect_good(kept.state_dict().items())
-                    return objective.epoch_done(kept, epoch, run.best)
-
-                run.best = on_first(fabric, look_and_keep)
-
-        steps = load_steps(objective.crops, config, fabric, run.done)
-        with _progress(disable=not fabric.is_global_zero) as progress:
-            task_id = progress.add_task(
-                title,
-                total=config.epochs * config.steps_per_epoch,
-                completed=run.done,
-                loss=math.nan,
-            )
-            model.train()
-            since, timed = time.perf_counter(), 0
-            pace = Pace(title, config.epochs * config.steps_per_epoch - run.done)
-            for micros in steps:
-                epoch, index = micros[0].epoch, micros[0].step
-                rate = learning_rate(config, run.done)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                value = _one_step(run, micros)
-                run.done, run.total, timed = run.done + 1, run.total + value, timed + 1
-                progress.update(task_id, advance=1, loss=value)
-                if line := pace.step():
-                    warn(line)
-                if index + 1 < config.steps_per_epoch:
-                    if config.checkpoint_every and run.done % config.checkpoint_every == 0:
-                        save()
-                    continue
-                log("loss", run.total / config.steps_per_epoch, epoch)
-                log("learning rate", rate, epoch)
-                log("seconds a step", (time.perf_counter() - since) / timed, epoch)
-                epoch_done(epoch)
-                run.total = 0.0
-                save()
-                model.train()
-                since, timed = time.perf_counter(), 0
-        model.eval()
+        trainer.resume()
+        trainer.train(log)
 
 
-def _one_step(run: _Run, micros: list[MicroBatch]) -> float:
+def _one_step(run: _Trainer, micros: list[MicroBatch]) -> float:
     """The loss over all crops of the step, after a step of the optimizer down its gradient."""
     fabric, objective, wrapped = run.fabric, run.objective, run.wrapped
     batches = [dataclasses.replace(m, crops=fabric.to_device(m.crops)) for m in micros]
@@ -347,7 +375,7 @@ def _one_step(run: _Run, micros: list[MicroBatch]) -> float:
 
 
 def _not_finite(
-    run: _Run, micros: list[MicroBatch], problem: str, bad: list[MicroBatch]
+    run: _Trainer, micros: list[MicroBatch], problem: str, bad: list[MicroBatch]
 ) -> InputError:
     """Of a step that is not taken: the same on every process, so that all of them stop."""
     gathered = gather(run.fabric, [micro.names for micro in bad])

@@ -216,9 +216,7 @@ def test_a_trailing_axis_of_one_is_a_volume(folder, tmp_path):
 class TestCheckpoints:
     def test_of_another_kind(self, folder, tmp_path):
         model = engine.train(folder, tmp_path / "run", train_config(use_rcu=False, epochs=1))
-        with pytest.raises(
-            InputError, match=r"contains a GRCSF model, expected a Masked"
-        ):
+        with pytest.raises(InputError, match=r"contains a GRCSF model, expected a Masked"):
             engine.cache_residuals(folder, [model], tmp_path / "maps", residuals_config())
 
     def test_of_another_architecture(self, folder, tmp_path):
