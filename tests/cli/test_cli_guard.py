@@ -87,7 +87,8 @@ def test_whatever_is_raised_is_one_line(error, words, monkeypatch):
 
 def test_what_only_stops_a_command():
     assert (
-        explain(KeyboardInterrupt(), "x")[1] == 130 and "stopped" in explain(Terminated(), "x")[0]
+        explain(KeyboardInterrupt(), "x")[1] == 130
+        and "interrupted" in explain(Terminated(), "x")[0]
     )
     assert explain(Terminated(), "x")[1] == 143
     assert explain(BrokenPipeError(), "x") == ("", 141)

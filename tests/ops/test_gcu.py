@@ -259,12 +259,12 @@ on_triton = pytest.mark.parametrize(
 )
 def test_triton_backward_in_slabs(backend, device, spaces, layout, monkeypatch):
     """Large volumes go in slabs of planes, with a ring of workspace. Here with the least ring."""
-    from grcsf_kernels.triton.gcu import backward as gcu_backward
+    from grcsf_kernels.triton.gcu import backward_kernels
 
     def least(skip, deep):
-        return gcu_backward.longest_run(skip.shape[2], deep.shape[2])
+        return backward_kernels.longest_run(skip.shape[2], deep.shape[2])
 
-    monkeypatch.setattr(gcu_backward, "ring_planes", least)
+    monkeypatch.setattr(backward_kernels, "ring_planes", least)
     arguments = make(*spaces, 5, 2, torch.float64, device)
     arguments[:2] = [LAYOUTS[layout](a.detach()).requires_grad_() for a in arguments[:2]]
     check(backend, arguments, torch.float64)

@@ -34,7 +34,7 @@ TOLERANCE = 1e-3
 def export_model(model: Path, output: Path) -> Path:
     """Write a model for other runtimes: for crops of the training's size, in batches of any size.
 
-    A GRCSF takes ``image`` [B, C, *crop] and, with an RCU, ``residual`` [B, K, *crop], and gives
+    A GRCSF takes ``image`` [B, C, *crop] and, with an RCU, ``maps`` [B, K, *crop], and gives
     ``logits`` [B, 1, *crop]. A MaskedAutoencoder takes ``image`` and ``hidden`` [B, L] bool, which
     hides as many patches of each sample as its mask ratio says, and gives ``prediction``
     [B, L, P * C]. All else is float32. The file is kept only if its outputs equal the library's for
@@ -139,7 +139,7 @@ def _inputs(network: Pretrained, batch: int) -> dict[str, Tensor]:
     if isinstance(network, MaskedAutoencoder):
         inputs["hidden"] = _masks(network, batch)
     elif isinstance(network, GRCSF) and network.use_rcu:
-        inputs["residual"] = torch.rand(batch, network.num_maps, *crop, generator=generator)
+        inputs["maps"] = torch.rand(batch, network.num_maps, *crop, generator=generator)
     return inputs
 
 

@@ -90,14 +90,7 @@ def predict(
     check(config)
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
     ensemble = _Ensemble.load(paths, config)
-    maps = cached = None
-    if ensemble.num_maps and residuals is None:
-        maps = _matching_maps(ensemble, paths[0], autoencoders, config)
-        ensemble.compare(maps.description, maps.paths[0])
-    elif ensemble.num_maps and residuals is not None:
-        cached = CachedMaps(residuals)
-        ensemble.compare(cached.description, Path(residuals))
-    made_of = [*paths, *(() if maps is None else maps.paths)]
+    maps, cached = _choose_maps(ensemble, paths[0], autoencoders, residuals, config)
     Path(output).mkdir(parents=True, exist_ok=True)
     predictor = _CasePredictor(
         config=config,
@@ -105,7 +98,7 @@ def predict(
         preprocessing=Preprocessing(ensemble.data),
         maps=maps,
         cached=cached,
-        fingerprint=Fingerprint(config, made_of),
+        fingerprint=Fingerprint(config, [*paths, *(() if maps is None else maps.paths)]),
         output=Path(output),
         overwrite=overwrite,
     )
@@ -113,6 +106,25 @@ def predict(
     for_each(shard(cases), predictor, report, "segmenting")
     wait_for_others()
     return report
+
+
+def _choose_maps(
+    ensemble: _Ensemble,
+    model: Path,
+    autoencoders: Sequence[Path],
+    residuals: Path | None,
+    config: PredictConfig,
+) -> tuple[VolumeMaps | None, CachedMaps | None]:
+    """What makes the residual maps, or what has them; neither where the networks take none."""
+    if not ensemble.num_maps:
+        return None, None
+    if residuals is not None:
+        cached = CachedMaps(residuals)
+        ensemble.compare(cached.description, Path(residuals))
+        return None, cached
+    maps = _matching_maps(ensemble, model, autoencoders, config)
+    ensemble.compare(maps.description, maps.paths[0])
+    return maps, None
 
 
 def _matching_maps(

@@ -51,7 +51,7 @@ def test_the_network_in_onnx_runtime(tmp_path):
     result = CliRunner().invoke(app, ["export", str(path), "-o", str(tmp_path / "m.onnx")])
     assert result.exit_code == 0, result.output
     image, residual = torch.randn(2, 2, *CROP), torch.rand(2, 2, *CROP)
-    found, session = run_onnx(tmp_path / "m.onnx", image=image, residual=residual)
+    found, session = run_onnx(tmp_path / "m.onnx", image=image, maps=residual)
     with torch.no_grad():
         close(found, model.eval()(image, residual))
     description = json.loads(session.get_modelmeta().custom_metadata_map["grcsf"])

@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_are_never_written(folder, tmp_path, monkeyp
 
 @pytest.mark.parametrize("kind", ["average", "optimizer"])
 def test_averages_that_are_not_finite_are_never_written(folder, tmp_path, monkeypatch, kind):
-    state = loop._Run.state
+    state = loop._Trainer.state
 
     def spoiled(run):
         content = state(run)
@@ -102,7 +102,7 @@ def test_averages_that_are_not_finite_are_never_written(folder, tmp_path, monkey
             values.fill_(math.nan)
         return content
 
-    monkeypatch.setattr(loop._Run, "state", spoiled)
+    monkeypatch.setattr(loop._Trainer, "state", spoiled)
     config = train_config(use_rcu=False, ema_decay=0.5)
     with pytest.raises(InputError, match=rf"epoch 2, step 2: .*\({kind}\..* after 2 steps is kept"):
         engine.train(folder, tmp_path / "run", config)
