@@ -133,7 +133,7 @@ class MaskedAutoencoder(Pretrained):
     """
 
     gradient_checkpointing: bool = False
-    absent = MappingProxyType({"position_base": 10000.0})
+    legacy_defaults = MappingProxyType({"position_base": 10000.0})
 
     def __init__(
         self,
@@ -190,21 +190,6 @@ class MaskedAutoencoder(Pretrained):
         self.mask_ratio = mask_ratio
         self.normalized_target = normalized_target
         self.position_base = position_base
-        self.config = {
-            "patch_size": sizes,
-            "in_channels": in_channels,
-            "spatial_dims": spatial_dims,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "decoder_dim": decoder_dim,
-            "decoder_depth": decoder_depth,
-            "decoder_heads": decoder_heads,
-            "mlp_ratio": mlp_ratio,
-            "mask_ratio": mask_ratio,
-            "normalized_target": normalized_target,
-            "position_base": position_base,
-        }
 
         values = prod(sizes) * in_channels
         self.embed = nn.Linear(values, embed_dim)

@@ -148,7 +148,7 @@ def _load(path: Path, choose: Callable[[str], type[Model]]) -> Model:
         raise InputError(path, "has another checksum than when it was written", "copy it again")
     require_finite(path, weights.items(), "weights", "train again, or use another file")
     try:
-        model = cls(**{**cls.absent, **description["config"]})
+        model = cls(**{**cls.legacy_defaults, **description["config"]})
         model.load_state_dict(weights)
         data, size = description.get("data"), description.get("crop_size")
         model.preprocessing = None if data is None else from_dict(DataConfig, data, str(path))
@@ -206,7 +206,7 @@ def _expect_fitting(
         return  # a class of the user's own may not be made without memory
     try:
         with torch.device("meta"), _at_most(2 * len(found) + 8):
-            expected = cls(**{**cls.absent, **description["config"]}).state_dict()
+            expected = cls(**{**cls.legacy_defaults, **description["config"]}).state_dict()
     except Exception as error:  # whatever a constructor makes of settings that are none
         raise _unfitting(path, one_line(error)) from error
     for name, tensor in expected.items():

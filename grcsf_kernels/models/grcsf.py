@@ -79,18 +79,6 @@ class GRCSF(ResidualUNet, Pretrained):
                 f"{levels[-1]}"
             )
         self.use_gcu, self.use_rcu, self.num_maps = use_gcu, use_rcu, num_maps
-        self.config |= {
-            "num_maps": num_maps,
-            "rcu_levels": list(rcu_levels),
-            "num_heads": num_heads,
-            "head_dim": head_dim,
-            "patch_size": list(patch_size) if isinstance(patch_size, Sequence) else patch_size,
-            "reduction": reduction,
-            "compensation": compensation,
-            "score_channels": score_channels,
-            "use_gcu": use_gcu,
-            "use_rcu": use_rcu,
-        }
         self.gcu = make_gcus(
             channels if use_gcu else (), reduction=reduction, compensation=compensation
         )

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,8 @@ class Pretrained(nn.Module):
     """A network that can be written to a model file and read again. Needs the ``train`` extra.
 
     Attributes:
-        config: the arguments that it was made with.
-        absent: what arguments were in effect in model files that are older than they are.
+        config: the arguments that it was made with, defaults included, as JSON has them.
+        legacy_defaults: values for arguments that older model files do not contain.
         preprocessing: how images become its input, for
             :class:`grcsf_kernels.engine.data.preprocessing.Preprocessing`; None: not known.
         crop_size: voxels of its training crops, the windows of prediction; None: not known.
@@ -30,7 +32,7 @@ class Pretrained(nn.Module):
     """
 
     config: dict[str, object]
-    absent: Mapping[str, Any] = MappingProxyType({})
+    legacy_defaults: Mapping[str, Any] = MappingProxyType({})
     preprocessing: DataConfig | None = None
     crop_size: tuple[int, ...] | None = None
     residual_maps: dict[str, Any] | None = None
@@ -39,6 +41,7 @@ class Pretrained(nn.Module):
         super().__init_subclass__(**options)
         if Pretrained in cls.__bases__:  # not the classes that users derive from these
             KINDS[cls.__name__] = cls
+            cls.__init__ = record_arguments(cls.__init__)  # type: ignore[method-assign]
 
     @classmethod
     def from_pretrained(cls, path: Path | str) -> Self:
@@ -79,3 +82,23 @@ class Pretrained(nn.Module):
             self.crop_size if crop_size is None else crop_size,
             self.residual_maps,
         )
+
+
+def record_arguments(initialize: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that keeps its arguments as ``config``."""
+    signature = inspect.signature(initialize)
+
+    @functools.wraps(initialize)
+    def recorded(self: Pretrained, *args: Any, **options: Any) -> None:
+        bound = signature.bind(self, *args, **options)
+        bound.apply_defaults()
+        initialize(self, *args, **options)
+        _, *named = bound.arguments.items()
+        self.config = {
+            name: list(value)
+            if isinstance(value, Sequence) and not isinstance(value, str)
+            else value
+            for name, value in named
+        }
+
+    return recorded

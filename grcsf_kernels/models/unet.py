@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from grcsf_kernels.models.pretrained import record_arguments
 from grcsf_kernels.ops.checks import check_counts
 
 _CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -89,6 +90,7 @@ class ResidualUNet(nn.Module):
 
     gradient_checkpointing: bool = False
 
+    @record_arguments
     def __init__(
         self,
         in_channels: int = 1,
@@ -113,15 +115,8 @@ class ResidualUNet(nn.Module):
             **{f"channels[{level}]": own for level, own in enumerate(channels)},
         )
         self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
         self.channels = tuple(channels)
-        self.config: dict[str, object] = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "spatial_dims": spatial_dims,
-            "channels": list(channels),
-            "blocks_per_level": blocks_per_level,
-            "deep_supervision": deep_supervision,
-        }
         dims, blocks = spatial_dims, blocks_per_level
         shallower = (in_channels, *channels[:-1])
         self.encoder = nn.ModuleList(
@@ -145,7 +140,7 @@ class ResidualUNet(nn.Module):
         Raises:
             ValueError: the image is not [B, in_channels, *S].
         """
-        expected = self.config["in_channels"]
+        expected = self.in_channels
         if image.ndim != self.spatial_dims + 2 or image.shape[1] != expected:
             axes = "D, H, W" if self.spatial_dims == 3 else "H, W"
             raise ValueError(

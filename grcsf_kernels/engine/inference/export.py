@@ -134,7 +134,7 @@ def _inputs(network: Pretrained, batch: int) -> dict[str, Tensor]:
     """Random inputs by a seed of their own, by the name that they have in the file."""
     crop = tuple(network.crop_size or ())
     generator = torch.Generator().manual_seed(batch)
-    channels: Any = network.config["in_channels"]
+    channels: Any = network.in_channels
     inputs = {"image": torch.randn(batch, channels, *crop, generator=generator)}
     if isinstance(network, MaskedAutoencoder):
         inputs["hidden"] = _masks(network, batch)

@@ -392,7 +392,7 @@ class _Ensemble:
 
 
 def _channels_of(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.model.config["in_channels"])  # type: ignore[index]
+    return int(checkpoint.model.in_channels)  # type: ignore[arg-type]
 
 
 def _maps_of(checkpoint: Checkpoint) -> int:

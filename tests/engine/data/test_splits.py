@@ -82,7 +82,7 @@ def test_splits_of_nnunet(tmp_path, capsys):
     settings = config(splits_file=str(path))
     assert split(PLAIN, settings) == ([0, 1], [2])
     said = capsys.readouterr().err
-    assert "1 case(s) of" in said and "gone" in said and "17 case(s) are not in" in said
+    assert "1 case(s) listed in" in said and "gone" in said and "17 case(s) are not in" in said
     assert split(PLAIN, config(splits_file=str(path), fold=1)) == ([3], [0, 1])
     with pytest.raises(InputError, match="fold: is 2; expected below the 2 splits"):
         split(PLAIN, config(splits_file=str(path), fold=2))
