@@ -99,10 +99,10 @@ struct Backward {
                     const Rows<A>& out) const {
     const std::int64_t whole = whole_vectors<A>(voxels);
     for (std::int64_t k = 0; k < s.maps; ++k) {
-      if (tabulated(space.attention.tables, k) && tabulate_map(space, maps[k], k, voxels, out[k])) {
-        continue;
+      if (tabulated(space.attention.tables, k)) {
+        if (tabulate_map(space, maps[k], k, voxels, out[k])) continue;
+        center_map(s, maps, k, voxels, space.attention);  // the others are already
       }
-      center_map(s, maps, k, voxels, space.attention);
       const std::int64_t first = k * s.map_channels;
       for (std::int64_t c = 0; c < s.map_channels; ++c) std::fill_n(out[first + c], whole, A(0));
       for (std::int64_t h = 0; h < s.heads; ++h) {
