@@ -89,10 +89,10 @@ def record_arguments(initialize: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(initialize)
 
     @functools.wraps(initialize)
-    def recorded(self: Pretrained, *args: Any, **options: Any) -> None:
+    def recorded(self: Any, *args: Any, **options: Any) -> None:
+        initialize(self, *args, **options)  # first, for Python's own error of wrong arguments
         bound = signature.bind(self, *args, **options)
         bound.apply_defaults()
-        initialize(self, *args, **options)
         _, *named = bound.arguments.items()
         self.config = {
             name: list(value)
