@@ -17,6 +17,7 @@ import torch
 
 from grcsf_kernels import native
 from grcsf_kernels._version import __version__
+from grcsf_kernels.common.errors import one_line
 from grcsf_kernels.dispatch import BACKENDS, OPERATORS, automatic, why_not
 
 _OLDEST_TORCH = (2, 6)
@@ -102,7 +103,7 @@ def _backend_lines() -> list[str]:
             runs = [operator for operator in OPERATORS if not why_not(name, operator)]
             what = f"not available: {reason}" if reason else ", ".join(runs)
         except Exception as error:  # the others are still worth a line
-            what = f"not available: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            what = f"not available: {type(error).__name__}: {one_line(error, 300)}"
         lines.append(f"  {name:<10} {what}")
     return lines
 

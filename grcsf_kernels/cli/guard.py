@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from grcsf_kernels.common.errors import TRACEBACK, InputError, printable
+from grcsf_kernels.common.errors import TRACEBACK, InputError, one_line, printable
 from grcsf_kernels.engine.diagnosis import is_out_of_memory
 
 
@@ -43,7 +43,7 @@ def explain(error: BaseException, doing: str, output: object = None) -> tuple[st
     Returns:
         One line, empty where there is nothing to say, and 1, or 128 and the signal's number.
     """
-    problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+    problem = f"{type(error).__name__}: {one_line(error, 300)}".rstrip(": ")
     if isinstance(error, KeyboardInterrupt):
         stopped = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
         return (

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from grcsf_kernels.common.errors import InputError
+from grcsf_kernels.common.errors import InputError, one_line
 from grcsf_kernels.common.locks import lock, machine, unlock
 
 _PREFIX, _SUFFIX, _LOCK = ".grcsf-", ".tmp", "lock"
@@ -77,7 +77,7 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except _failures() as error:
-        problem = " ".join(str(error).split())[:200]
+        problem = one_line(error, 200)
         remedy = "see to the disk's space and the permissions; the former file is kept"
         raise InputError(path, f"can't be written ({problem})", remedy) from error
 

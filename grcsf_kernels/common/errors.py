@@ -60,6 +60,6 @@ def show_traceback(error: BaseException) -> None:
         sys.stderr.write(text.encode("ascii", "backslashreplace").decode())
 
 
-def one_line(error: Exception) -> str:
-    """The beginning of an error's text."""
-    return " ".join(str(error).split())[:160]
+def one_line(error: BaseException, most: int = 160) -> str:
+    """The beginning of an error's text, ``most`` characters of it."""
+    return " ".join(str(error).split())[:most]

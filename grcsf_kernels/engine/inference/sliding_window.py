@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor, nn
 
-from grcsf_kernels.common.errors import InputError
+from grcsf_kernels.common.errors import InputError, one_line
 from grcsf_kernels.common.finite import is_finite
 from grcsf_kernels.engine.buffers import slabs
 from grcsf_kernels.engine.devices import make_fabric
@@ -46,7 +46,7 @@ def report_out_of_memory(work: Callable[[Case], Path]) -> Callable[[Case], Path]
                 raise
             raise InputError(
                 case.image,
-                f"memory ran out ({' '.join(str(error).split())[:200]})",
+                f"memory ran out ({one_line(error, 200)})",
                 "set accumulate to disk, or use a device with more memory",
             ) from error
 
@@ -184,7 +184,7 @@ class SlidingWindow:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error, 120)
         # Outside of the handler: the exception holds the frames, and they hold tensors.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grcsf_kernels.common.errors import InputError
+from grcsf_kernels.common.errors import InputError, one_line
 
 _LONGEST_TEXT = 1 << 26  # bytes; lists of a million paths are shorter
 
@@ -140,7 +140,7 @@ def read_json(path: Path, kind: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
-        problem = " ".join(str(error).split())[:120]
+        problem = one_line(error, 120)
         raise InputError(
             path, f"can't be used, it is no JSON ({problem})", f"expected {kind}"
         ) from error

@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from grcsf_kernels.common.errors import InputError
+from grcsf_kernels.common.errors import InputError, one_line
 from grcsf_kernels.engine.config import OptimizationConfig
 
 # crops(epoch, index) -> [1, C, *crop], the name of its case
@@ -131,7 +131,7 @@ def load_steps(
                 raise
             raise InputError(
                 "workers",
-                f"one of {config.workers} ended ({' '.join(str(error).split())[:160]})",
+                f"one of {config.workers} ended ({one_line(error)})",
                 "give them more memory, or set fewer; the same call goes on",
             ) from error
         if isinstance(item, tuple | list) and isinstance(item[0], str):

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from grcsf_kernels.common.atomic_files import remove_leftovers, saving
-from grcsf_kernels.common.errors import InputError
+from grcsf_kernels.common.errors import InputError, one_line
 from grcsf_kernels.common.finite import is_finite, require_finite, tensors_of
 from grcsf_kernels.engine.config import OptimizationConfig
 from grcsf_kernels.engine.report import console, warn
@@ -95,7 +95,7 @@ def _translate_peer_failure(fabric: Fabric) -> Iterator[None]:
             raise
         raise InputError(
             f"process {fabric.global_rank}",
-            f"lost the other processes ({' '.join(str(error).split())[:160]})",
+            f"lost the other processes ({one_line(error)})",
             "look for the first error among theirs; the same call goes on from the last state",
         ) from error
 
